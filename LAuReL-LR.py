@@ -1,0 +1,164 @@
+"""LAuReL-LR, the residual connection with a learned low-rank map of its input:
+
+    x_{i+1} = f(x_i) + x_i + B A x_i                                      §2.2, eq. 3
+    x_{i+1} = α · f(x_i) + β · (x_i + B A x_i)        RW+LR,              eq. 5
+
+from Menghani, Kumar, Kumar, "LAuReL: Learned Augmented Residual Layer", ICML 2025 (arXiv 2411.07501).
+This file needs torch alone: copy it into your project and replace one line.
+
+    x = x + self.f(x)                   # before
+    x = self.residual(x, self.f(x))     # after, with self.residual = LAuReL_LR(D)
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+BOUNDS = ("softmax", "sigmoid", "single", "none")
+INITS = ("xavier", "orthogonal")
+
+
+class LAuReL_LR(nn.Module):
+    r"""Adds a branch, its input and a low-rank map of its input: f(x) + x + B A x (LAuReL-LR, §2.2, eq. 3).
+
+    With ``residual_weights=True`` it is RW+LR: α · f(x) + β · (x + B A x) (eq. 5). B starts at zero, so with the
+    default options the block starts as the plain residual, to the last bit. It adds 2rD parameters, and with
+    ``residual_weights`` those of ``w``: 2, or 1 for ``bound="single"``.
+
+    Args:
+        dim: D, the size of the channel dimension.
+        rank: r. The paper: 16 and 32 are best on ResNet-50, 32 to 64 on LLMs.
+        residual_weights: learn α and β too.
+        init: how A starts. ``"xavier"``: uniform within ±√(6 / (r + D)), as the paper has it on ResNet-50.
+            ``"orthogonal"``: the paper's column-orthogonal pattern for LLMs, 1/√(rD) where channel i meets component
+            i mod r, else 0. Written for A of shape (r, D), that is A[i mod r, i]: every channel is used.
+        norm: a module applied to B A x, in the shape of x, before it is added; Gemma 3n has an RMSNorm here.
+        bound: how ``w`` becomes α and β: ``"softmax"``: scale · softmax(w); ``"sigmoid"``: scale · σ(w), each on its
+            own; ``"single"``: one parameter, α = scale · σ(w), β = scale − α; ``"none"``: w itself. All start at
+            scale / 2, and ``"none"`` at 1. The paper leaves the start open; ``scale=2`` is the plain residual.
+        scale: the factor above. ``bound`` and ``scale`` have no effect without ``residual_weights``.
+        channel_dim: where D stands: -1 for (…, D), 1 for (N, D, H, W).
+
+    Shape:
+        - x, f(x): the same shape, any number of dimensions, with size D at ``channel_dim``.
+        - Output: that shape, with the dtype of ``x + f(x)``.
+        - A: (r, D), B: (D, r), w: (2,) or (1,).
+
+    Raises:
+        ValueError: ``dim`` or ``rank`` below 1, an unknown ``init`` or ``bound``, a ``scale`` that is not positive
+            and finite, or shapes that do not fit.
+
+    Example:
+        >>> residual = LAuReL_LR(64, rank=8)
+        >>> x, fx = torch.randn(4, 10, 64), torch.randn(4, 10, 64)
+        >>> torch.equal(residual(x, fx), x + fx)
+        True
+        >>> sum(p.numel() for p in residual.parameters())  # 2rD
+        1024
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        rank: int = 16,
+        *,
+        residual_weights: bool = False,
+        init: str = "xavier",
+        norm: nn.Module | None = None,
+        bound: str = "softmax",
+        scale: float = 2.0,
+        channel_dim: int = -1,
+    ) -> None:
+        super().__init__()
+        if dim < 1:
+            raise ValueError(f"dim must be at least 1, got {dim}")
+        if rank < 1:
+            raise ValueError(f"rank must be at least 1, got {rank}")
+        if init not in INITS:
+            raise ValueError(f"init must be one of {', '.join(INITS)}, got {init!r}")
+        if bound not in BOUNDS:
+            raise ValueError(f"bound must be one of {', '.join(BOUNDS)}, got {bound!r}")
+        if not 0 < scale < math.inf:
+            raise ValueError(f"scale must be positive and finite, got {scale}")
+        self.dim, self.rank, self.residual_weights, self.init = dim, rank, residual_weights, init
+        self.bound, self.scale, self.channel_dim = bound, scale, channel_dim
+        self.A = nn.Parameter(torch.empty(rank, dim))
+        self.B = nn.Parameter(torch.empty(dim, rank))
+        self.w = nn.Parameter(torch.empty(1 if bound == "single" else 2)) if residual_weights else None
+        self.norm = norm
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        if self.init == "xavier":
+            nn.init.xavier_uniform_(self.A)
+        else:
+            pattern = torch.arange(self.dim) % self.rank == torch.arange(self.rank)[:, None]  # (r, D)
+            with torch.no_grad():
+                self.A.copy_(pattern / math.sqrt(self.rank * self.dim))
+        nn.init.zeros_(self.B)
+        if self.w is not None:
+            nn.init.constant_(self.w, 1.0 if self.bound == "none" else 0.0)
+
+    def weights(self) -> tuple[Tensor | None, Tensor | None]:
+        """α and β, bounded; None without residual weights, where both are fixed at 1."""
+        if self.w is None:
+            return None, None
+        if self.bound == "single":
+            alpha = self.scale * torch.sigmoid(self.w[0])
+            return alpha, self.scale - alpha
+        if self.bound == "softmax":
+            alpha, beta = self.scale * torch.softmax(self.w, dim=0)
+        elif self.bound == "sigmoid":
+            alpha, beta = self.scale * torch.sigmoid(self.w)
+        else:
+            alpha, beta = self.w
+        return alpha, beta
+
+    @property
+    def alpha(self) -> Tensor | None:
+        """α, the weight of the branch f(x); None without residual weights."""
+        return self.weights()[0]
+
+    @property
+    def beta(self) -> Tensor | None:
+        """β, the weight of x + B A x; None without residual weights."""
+        return self.weights()[1]
+
+    def low_rank(self, x: Tensor) -> Tensor:
+        """B A x, normalised where there is a norm, in the shape of x."""
+        h = x.movedim(self.channel_dim, -1)  # (…, D)
+        h = F.linear(h, self.A.to(x.dtype))  # (…, r)
+        h = F.linear(h, self.B.to(h.dtype))  # (…, D)
+        h = h.movedim(-1, self.channel_dim)
+        return h if self.norm is None else self.norm(h)
+
+    def forward(self, x: Tensor, fx: Tensor) -> Tensor:
+        if x.shape != fx.shape:
+            raise ValueError(f"x and fx must have the same shape, got {tuple(x.shape)} and {tuple(fx.shape)}")
+        if not -x.ndim <= self.channel_dim < x.ndim or x.shape[self.channel_dim] != self.dim:
+            raise ValueError(f"x must have dim={self.dim} at channel_dim={self.channel_dim}, got {tuple(x.shape)}")
+        if self.w is None:
+            y = x + fx + self.low_rank(x)
+        else:
+            alpha, beta = self.weights()
+            y = alpha * fx + beta * (x + self.low_rank(x))
+        # A norm may return float32 where x and fx are bfloat16.
+        return y.to(torch.promote_types(x.dtype, fx.dtype))
+
+    def extra_repr(self) -> str:
+        text = f"dim={self.dim}, rank={self.rank}, init={self.init!r}, channel_dim={self.channel_dim}"
+        return text + (f", bound={self.bound!r}, scale={self.scale}" if self.residual_weights else "")
+
+
+if __name__ == "__main__":
+    f = nn.Linear(64, 64)
+    for residual in (LAuReL_LR(64, rank=8), LAuReL_LR(64, rank=8, residual_weights=True)):
+        x = torch.randn(8, 10, 64)
+        y = residual(x, f(x))
+        print(residual)
+        print(f"  x {tuple(x.shape)} -> {tuple(y.shape)}, parameters {sum(p.numel() for p in residual.parameters())}")
+        if residual.residual_weights:
+            print(f"  alpha {residual.alpha:.3f}, beta {residual.beta:.3f}")
+        print(f"  starts as x + f(x): {torch.equal(y, x + f(x))}")

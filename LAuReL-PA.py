@@ -1,0 +1,216 @@
+"""LAuReL-PA, the residual connection with learned weights on the previous activations:
+
+    x_{i+1} = f(x_i) + x_i + Σ_{j=0..k-1} γ_j h(x_{i-j})                  §2.3, eq. 4, h(x) = B A x, or x itself
+    x_{i+1} = α · f(x_i) + β · (x_i + Σ γ_j h(x_{i-j}))      RW+PA,       §2.4
+    x_{i+1} = α · f(x_i) + β · (x_i + Σ γ_j B_j A_j x_{i-j})  RW+LR+PA,   eq. 6
+
+from Menghani, Kumar, Kumar, "LAuReL: Learned Augmented Residual Layer", ICML 2025 (arXiv 2411.07501).
+This file needs torch alone: copy it into your project and replace one line.
+
+    x = x + self.f(x)                                # before
+    xs.append(self.residual(xs, self.f(xs[-1])))     # after, with self.residual = LAuReL_PA(D) and xs = [x_0, …, x_i]
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+BOUNDS = ("softmax", "sigmoid", "single", "none")
+INITS = ("xavier", "orthogonal")
+
+
+class LAuReL_PA(nn.Module):
+    r"""Adds a branch, its input and the last k activations: f(x_i) + x_i + Σ γ_j h(x_{i-j}) (LAuReL-PA, §2.3, eq. 4).
+
+    The sum runs over j = 0 … k−1, so x_i itself is in it. The block keeps nothing between calls: the caller owns the
+    list of activations, and the block looks at its last k, or at as many as there are. Start a new list where the
+    shape changes (a down-sampling stage); the paper leaves open how PA crosses one.
+
+    ================================================ ============================ ================
+    options                                          equation                     new parameters
+    ================================================ ============================ ================
+    default                                          eq. 4, h(x) = B A x          2rD + k
+    ``rank=None``                                    eq. 4, h(x) = x              k
+    ``residual_weights=True``                        §2.4, RW+PA                  2rD + k + 2
+    ``residual_weights=True, shared=False``          eq. 6, RW+LR+PA              2rkD + k + 2
+    ================================================ ============================ ================
+
+    The paper leaves open where γ starts. B starts at zero and γ at 1; with the identity h, γ starts at 0. Either way
+    the block with default options starts as the plain residual, to the last bit.
+
+    Args:
+        dim: D, the size of the channel dimension.
+        k: how many activations to look at; the paper has 3.
+        rank: r. ``None``: h is the identity.
+        shared: one pair A, B for all k activations (§2.3), or one for each (eq. 6). Without effect for ``rank=None``.
+        residual_weights: learn α and β too.
+        init: how A starts. ``"xavier"``: uniform within ±√(6 / (r + D)), as the paper has it on ResNet-50.
+            ``"orthogonal"``: the paper's column-orthogonal pattern for LLMs, 1/√(rD) where channel i meets component
+            i mod r, else 0. Written for A of shape (r, D), that is A[i mod r, i]: every channel is used.
+        bound: how ``w`` becomes α and β: ``"softmax"``: scale · softmax(w); ``"sigmoid"``: scale · σ(w), each on its
+            own; ``"single"``: one parameter, α = scale · σ(w), β = scale − α; ``"none"``: w itself. All start at
+            scale / 2, and ``"none"`` at 1. The paper leaves the start open; ``scale=2`` is the plain residual.
+        scale: the factor above. ``bound`` and ``scale`` have no effect without ``residual_weights``.
+        channel_dim: where D stands: -1 for (…, D), 1 for (N, D, H, W).
+
+    Shape:
+        - xs: a list or tuple of activations x_0, …, x_i, oldest first, not empty. The last k and f(x_i) have the same
+          shape, with size D at ``channel_dim``.
+        - Output: that shape, with the dtype of ``x_i + f(x_i)``.
+        - gamma: (k,), gamma[j] belonging to x_{i-j}. A: (r, D), B: (D, r), or (k, r, D) and (k, D, r) where not shared.
+          w: (2,) or (1,).
+
+    Raises:
+        ValueError: ``dim``, ``k`` or ``rank`` below 1, an unknown ``init`` or ``bound``, a ``scale`` that is not
+            positive and finite, ``xs`` that is empty or no list, or shapes that do not fit.
+
+    Example:
+        >>> residual = LAuReL_PA(64, k=3, rank=8)
+        >>> f = nn.Linear(64, 64)
+        >>> xs = [torch.randn(4, 10, 64)]
+        >>> for _ in range(3):
+        ...     xs.append(residual(xs, f(xs[-1])))
+        >>> torch.equal(xs[-1], xs[-2] + f(xs[-2]))
+        True
+        >>> sum(p.numel() for p in residual.parameters())  # 2rD + k
+        1027
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        k: int = 3,
+        rank: int | None = 16,
+        *,
+        shared: bool = True,
+        residual_weights: bool = False,
+        init: str = "xavier",
+        bound: str = "softmax",
+        scale: float = 2.0,
+        channel_dim: int = -1,
+    ) -> None:
+        super().__init__()
+        if dim < 1:
+            raise ValueError(f"dim must be at least 1, got {dim}")
+        if k < 1:
+            raise ValueError(f"k must be at least 1, got {k}")
+        if rank is not None and rank < 1:
+            raise ValueError(f"rank must be at least 1, or None for the identity, got {rank}")
+        if init not in INITS:
+            raise ValueError(f"init must be one of {', '.join(INITS)}, got {init!r}")
+        if bound not in BOUNDS:
+            raise ValueError(f"bound must be one of {', '.join(BOUNDS)}, got {bound!r}")
+        if not 0 < scale < math.inf:
+            raise ValueError(f"scale must be positive and finite, got {scale}")
+        self.dim, self.k, self.rank, self.shared, self.residual_weights = dim, k, rank, shared, residual_weights
+        self.init, self.bound, self.scale, self.channel_dim = init, bound, scale, channel_dim
+        self.gamma = nn.Parameter(torch.empty(k))
+        pairs = () if shared else (k,)
+        self.A = None if rank is None else nn.Parameter(torch.empty(*pairs, rank, dim))
+        self.B = None if rank is None else nn.Parameter(torch.empty(*pairs, dim, rank))
+        self.w = nn.Parameter(torch.empty(1 if bound == "single" else 2)) if residual_weights else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.gamma, 0.0 if self.rank is None else 1.0)
+        if self.rank is not None:
+            if self.init == "xavier":
+                limit = math.sqrt(6 / (self.rank + self.dim))  # xavier_uniform_ takes a leading k for a filter size
+                nn.init.uniform_(self.A, -limit, limit)
+            else:
+                pattern = torch.arange(self.dim) % self.rank == torch.arange(self.rank)[:, None]  # (r, D)
+                with torch.no_grad():
+                    self.A.copy_(pattern / math.sqrt(self.rank * self.dim))
+            nn.init.zeros_(self.B)
+        if self.w is not None:
+            nn.init.constant_(self.w, 1.0 if self.bound == "none" else 0.0)
+
+    def weights(self) -> tuple[Tensor | None, Tensor | None]:
+        """α and β, bounded; None without residual weights, where both are fixed at 1."""
+        if self.w is None:
+            return None, None
+        if self.bound == "single":
+            alpha = self.scale * torch.sigmoid(self.w[0])
+            return alpha, self.scale - alpha
+        if self.bound == "softmax":
+            alpha, beta = self.scale * torch.softmax(self.w, dim=0)
+        elif self.bound == "sigmoid":
+            alpha, beta = self.scale * torch.sigmoid(self.w)
+        else:
+            alpha, beta = self.w
+        return alpha, beta
+
+    @property
+    def alpha(self) -> Tensor | None:
+        """α, the weight of the branch f(x_i); None without residual weights."""
+        return self.weights()[0]
+
+    @property
+    def beta(self) -> Tensor | None:
+        """β, the weight of x_i + Σ γ_j h(x_{i-j}); None without residual weights."""
+        return self.weights()[1]
+
+    def low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        """B A x, in the shape of x."""
+        h = x.movedim(self.channel_dim, -1)  # (…, D)
+        h = F.linear(h, A.to(x.dtype))  # (…, r)
+        h = F.linear(h, B.to(h.dtype))  # (…, D)
+        return h.movedim(-1, self.channel_dim)
+
+    def previous(self, xs: Sequence[Tensor]) -> Tensor:
+        """Σ_j γ_j h(x_{i-j}) over the last k of xs, in the shape of x_i."""
+        terms = [gamma * x for gamma, x in zip(self.gamma, reversed(xs[-self.k :]))]  # γ_0 x_i, γ_1 x_{i-1}, …
+        if self.rank is None:
+            return sum(terms)
+        if self.shared:  # h is linear: Σ γ_j h(x_{i-j}) = h(Σ γ_j x_{i-j}), one low-rank product in place of k
+            return self.low_rank(sum(terms), self.A, self.B)
+        return sum(self.low_rank(term, A, B) for term, A, B in zip(terms, self.A, self.B))
+
+    def forward(self, xs: Sequence[Tensor], fx: Tensor) -> Tensor:
+        if not isinstance(xs, (list, tuple)) or len(xs) == 0:
+            got = f"a tensor of shape {tuple(xs.shape)}" if isinstance(xs, Tensor) else repr(xs)
+            raise ValueError(f"xs must be a list of activations with at least one entry, got {got}")
+        x = xs[-1]
+        for previous in xs[-self.k :]:
+            if previous.shape != fx.shape:
+                raise ValueError(
+                    "the activations in xs and fx must have the same shape, got "
+                    f"{[tuple(v.shape) for v in xs[-self.k :]]} and {tuple(fx.shape)}; "
+                    "start a new list where the shape changes"
+                )
+        if not -x.ndim <= self.channel_dim < x.ndim or x.shape[self.channel_dim] != self.dim:
+            raise ValueError(f"xs must have dim={self.dim} at channel_dim={self.channel_dim}, got {tuple(x.shape)}")
+        if self.w is None:
+            y = x + fx + self.previous(xs)
+        else:
+            alpha, beta = self.weights()
+            y = alpha * fx + beta * (x + self.previous(xs))
+        # An earlier activation may be float32 where x_i and f(x_i) are bfloat16.
+        return y.to(torch.promote_types(x.dtype, fx.dtype))
+
+    def extra_repr(self) -> str:
+        text = f"dim={self.dim}, k={self.k}, rank={self.rank}"
+        if self.rank is not None:
+            text += f", shared={self.shared}, init={self.init!r}"
+        if self.residual_weights:
+            text += f", bound={self.bound!r}, scale={self.scale}"
+        return f"{text}, channel_dim={self.channel_dim}"
+
+
+if __name__ == "__main__":
+    f = nn.Linear(64, 64)
+    for options in ({}, {"rank": None}, {"residual_weights": True, "shared": False}):
+        residual = LAuReL_PA(64, **options)
+        xs = [torch.randn(8, 10, 64)]
+        for _ in range(3):
+            xs.append(residual(xs, f(xs[-1])))
+        print(residual)
+        print(f"  {len(xs)} activations of {tuple(xs[-1].shape)}", end=", ")
+        print(f"parameters {sum(p.numel() for p in residual.parameters())}")
+        if residual.residual_weights:
+            print(f"  alpha {residual.alpha:.3f}, beta {residual.beta:.3f}")
+        print(f"  gamma {residual.gamma.tolist()}")
+        print(f"  starts as x + f(x): {torch.equal(xs[-1], xs[-2] + f(xs[-2]))}")

