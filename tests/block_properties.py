@@ -1,0 +1,344 @@
+"""The properties that all blocks share. test_LAuReL*.py name the variants of each block and its equation."""
+
+import copy
+import doctest
+import importlib
+import os
+import shutil
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+ROOT = Path(__file__).parents[1]
+D = 6
+SHAPES = {  # shape and channel_dim
+    "2d": ((5, D), -1),
+    "3d": ((2, 5, D), -1),
+    "3d channels first": ((2, D, 5), 1),
+    "4d": ((2, 3, 4, D), -1),
+    "4d channels first": ((2, D, 3, 4), 1),
+    "5d channels first": ((2, D, 2, 3, 4), 1),
+    "4d channels first, counted from the end": ((2, D, 3, 4), -3),
+}
+
+
+def bounded(w: np.ndarray, bound: str, scale: float) -> tuple[np.ndarray, np.ndarray]:
+    """α and β by the table of the docstrings, in NumPy."""
+    if bound == "softmax":
+        e = np.exp(w)
+        return scale * e[0] / (e[0] + e[1]), scale * e[1] / (e[0] + e[1])
+    if bound == "sigmoid":
+        return scale / (1 + np.exp(-w[0])), scale / (1 + np.exp(-w[1]))
+    if bound == "single":
+        alpha = scale / (1 + np.exp(-w[0]))
+        return alpha, scale - alpha
+    return w[0], w[1]
+
+
+def numpy_state(block: nn.Module) -> dict[str, np.ndarray]:
+    return {name: p.detach().double().numpy() for name, p in block.named_parameters()}
+
+
+def randomize(block: nn.Module) -> nn.Module:
+    """Away from the start, where B is zero and α and β are one."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in block.parameters():
+            p.copy_(0.5 * torch.randn(p.shape, generator=generator))
+    return block
+
+
+class Chain(nn.Module):
+    """Three layers around the block, with a history where the block takes one; as a user has it in a model."""
+
+    def __init__(self, blocks: list[nn.Module], takes_history: bool) -> None:
+        super().__init__()
+        self.f = nn.ModuleList(nn.Linear(D, D) for _ in blocks)
+        self.residuals = nn.ModuleList(blocks)
+        self.takes_history = takes_history
+
+    def forward(self, x: Tensor) -> Tensor:
+        xs = [x]
+        for f, residual in zip(self.f, self.residuals):
+            xs.append(residual(xs if self.takes_history else xs[-1], f(xs[-1])))
+        return xs[-1]
+
+
+def train_in_two_processes(rank: int, chain: Chain, port_file: str, result: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{port_file}", rank=rank, world_size=2)
+    model = DistributedDataParallel(chain)
+    x = torch.arange(8 * D, dtype=torch.float32).view(8, D).sin()[4 * rank : 4 * rank + 4]
+    model(x).square().mean().backward()
+    if rank == 0:
+        torch.save({name: p.grad for name, p in chain.named_parameters()}, result)
+    dist.destroy_process_group()
+
+
+class BlockProperties:
+    module: str  # the file's name without .py
+    name: str  # the class's name
+    variants: dict[str, tuple[dict, int]]  # options, and the number of parameters by the paper
+    starts_plain: dict[str, dict]  # options that start as the plain residual
+    errors: list[tuple[dict, str]]  # options that are refused, and what the message names
+    takes_history = False
+
+    @property
+    def block_class(self) -> type[nn.Module]:
+        return getattr(importlib.import_module(self.module), self.name)
+
+    def make(self, options: dict, channel_dim: int = -1) -> nn.Module:
+        torch.manual_seed(0)
+        return self.block_class(**options, channel_dim=channel_dim)
+
+    def call(self, block: nn.Module, xs: list[Tensor], fx: Tensor) -> Tensor:
+        return block(xs if self.takes_history else xs[-1], fx)
+
+    def inputs(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> tuple[list[Tensor], Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        *xs, fx = (torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for _ in range(5))
+        return xs, fx
+
+    def equation(self, state: dict[str, np.ndarray], options: dict, xs: list[np.ndarray], fx: np.ndarray) -> np.ndarray:
+        """The paper's equation on (…, D) arrays, in NumPy."""
+        raise NotImplementedError
+
+    def expected(self, block: nn.Module, options: dict, xs: list[Tensor], fx: Tensor, channel_dim: int) -> np.ndarray:
+        xs, fx = (
+            [np.moveaxis(x.double().numpy(), channel_dim, -1) for x in xs],
+            np.moveaxis(fx.double().numpy(), channel_dim, -1),
+        )
+        return np.moveaxis(self.equation(numpy_state(block), options, xs, fx), -1, channel_dim)
+
+    @pytest.mark.parametrize(("shape", "channel_dim"), SHAPES.values(), ids=SHAPES)
+    def test_is_the_equation(self, variant, shape, channel_dim):
+        options, _ = self.variants[variant]
+        block = randomize(self.make(options, channel_dim)).double()
+        xs, fx = self.inputs(shape, torch.float64)
+        expected = self.expected(block, options, xs, fx, channel_dim)
+        np.testing.assert_allclose(self.call(block, xs, fx).detach(), expected, rtol=1e-12, atol=1e-12)
+
+    @pytest.mark.parametrize(("shape", "channel_dim"), SHAPES.values(), ids=SHAPES)
+    def test_starts_as_the_plain_residual_to_the_last_bit(self, shape, channel_dim):
+        xs, fx = self.inputs(shape)
+        for options in self.starts_plain.values():
+            assert torch.equal(self.call(self.make(options, channel_dim), xs, fx), xs[-1] + fx), options
+
+    def test_has_the_papers_number_of_parameters(self, variant):
+        options, parameters = self.variants[variant]
+        assert sum(p.numel() for p in self.make(options).parameters()) == parameters
+
+    def test_gradients_are_right(self, variant):
+        block = randomize(self.make(self.variants[variant][0], channel_dim=1)).double()
+        xs, fx = self.inputs((2, D, 3), torch.float64)
+        names, params = zip(*((n, p.detach().requires_grad_()) for n, p in block.named_parameters()))
+
+        def f(*tensors):
+            params, (*xs, fx) = dict(zip(names, tensors)), tensors[len(names) :]
+            return torch.func.functional_call(block, params, (xs if self.takes_history else xs[-1], fx))
+
+        tensors = [*params, *(t.requires_grad_() for t in (*xs[-2:], fx))]
+        assert torch.autograd.gradcheck(f, tensors)
+        assert torch.autograd.gradgradcheck(f, tensors)
+
+    def test_every_parameter_gets_a_gradient(self, variant):
+        block = randomize(self.make(self.variants[variant][0]))
+        xs, fx = self.inputs((4, D))
+        self.call(block, xs, fx).square().sum().backward()
+        for name, p in block.named_parameters():
+            assert p.grad is not None, name
+            assert (p.grad != 0).all(), name
+
+    def test_learns_from_its_start(self, variant):
+        """B starts at zero, but no parameter is stuck there: all have moved after three steps."""
+        block = self.make(self.variants[variant][0])
+        start = copy.deepcopy(block)
+        optimizer = torch.optim.SGD(block.parameters(), lr=0.01)
+        for _ in range(3):
+            xs, fx = self.inputs((4, D))
+            optimizer.zero_grad()
+            (self.call(block, xs, fx) - 2 * xs[-1] - 3 * xs[-2]).square().sum().backward()
+            optimizer.step()
+        for (name, p), q in zip(block.named_parameters(), start.parameters()):
+            assert not torch.equal(p, q), name
+
+    @pytest.mark.parametrize("block_dtype", [torch.float32, torch.float64, torch.bfloat16])
+    @pytest.mark.parametrize("x_dtype", [torch.float32, torch.float64, torch.bfloat16])
+    @pytest.mark.parametrize("fx_dtype", [torch.float32, torch.bfloat16])
+    def test_result_has_the_dtype_of_the_sum(self, variant, block_dtype, x_dtype, fx_dtype):
+        options, _ = self.variants[variant]
+        block = randomize(self.make(options)).to(block_dtype)
+        xs, _ = self.inputs((4, D), x_dtype)
+        _, fx = self.inputs((4, D), fx_dtype)
+        y = self.call(block, xs, fx)
+        assert y.dtype == (xs[-1] + fx).dtype
+        coarse = torch.bfloat16 in (block_dtype, x_dtype, fx_dtype)
+        expected = torch.from_numpy(self.expected(block, options, xs, fx, -1))
+        torch.testing.assert_close(y.double(), expected, rtol=0, atol=0.15 if coarse else 1e-5)
+
+    def test_autocast_keeps_the_dtype_of_the_sum(self, variant):
+        options, _ = self.variants[variant]
+        block = randomize(self.make(options))
+        for x_dtype, fx_dtype in [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16)]:
+            xs, _ = self.inputs((4, D), x_dtype)
+            _, fx = self.inputs((4, D), fx_dtype)
+            with torch.autocast("cpu", torch.bfloat16):
+                y = self.call(block, xs, fx)
+                assert y.dtype == (xs[-1] + fx).dtype
+            y.float().sum().backward()
+            expected = torch.from_numpy(self.expected(block, options, xs, fx, -1))
+            torch.testing.assert_close(y.double(), expected, rtol=0, atol=0.15)
+
+    def test_keeps_the_memory_layout(self, variant):
+        block = randomize(self.make(self.variants[variant][0], channel_dim=1))
+        xs, fx = self.inputs((2, D, 4, 4))
+        y = self.call(block, xs, fx)
+        assert y.is_contiguous()
+        last = [t.contiguous(memory_format=torch.channels_last) for t in (*xs, fx)]
+        z = self.call(block, last[:-1], last[-1])
+        assert z.is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(y, z)
+
+    def test_compiles_without_a_graph_break(self, variant):
+        torch.compiler.reset()  # the variants share their code, and only so many versions of one are compiled
+        block = randomize(self.make(self.variants[variant][0]))
+        compiled = torch.compile(copy.deepcopy(block), fullgraph=True, backend="aot_eager")
+        xs, fx = self.inputs((4, D))
+        y, z = self.call(block, xs, fx), self.call(compiled, xs, fx)
+        torch.testing.assert_close(y, z)
+        y.square().sum().backward()
+        z.square().sum().backward()
+        for p, q in zip(block.parameters(), compiled.parameters()):
+            torch.testing.assert_close(p.grad, q.grad)
+
+    @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler on the CPU")
+    def test_compiles_in_a_model(self, first_variant):
+        chain = self.chain(first_variant)
+        x = torch.randn(4, D)
+        torch.testing.assert_close(torch.compile(chain, fullgraph=True)(x), chain(x))
+
+    def chain(self, variant: str) -> Chain:
+        return Chain([randomize(self.make(self.variants[variant][0])) for _ in range(3)], self.takes_history)
+
+    def test_exports(self, variant):
+        chain = self.chain(variant)
+        batch = torch.export.Dim("batch", min=2, max=64)
+        program = torch.export.export(chain, (torch.randn(4, D),), dynamic_shapes=({0: batch},))
+        x = torch.randn(7, D)
+        torch.testing.assert_close(program.module()(x), chain(x))
+
+    def test_works_under_activation_checkpointing(self, variant):
+        block = randomize(self.make(self.variants[variant][0]))
+        xs, fx = self.inputs((4, D))
+        grads = []
+        for call in (self.call, partial(checkpoint, self.call, use_reentrant=False)):
+            block.zero_grad()
+            leaf = fx.clone().requires_grad_()
+            call(block, xs, leaf).square().sum().backward()
+            grads.append([leaf.grad, *(p.grad for p in block.parameters())])
+        for a, b in zip(*grads):
+            assert torch.equal(a, b)
+
+    def test_keeps_nothing_between_calls(self, variant):
+        block = randomize(self.make(self.variants[variant][0]))
+        xs, fx = self.inputs((4, D))
+        first = self.call(block, xs, fx)
+        self.call(block, self.inputs((3, D))[0], torch.zeros(3, D))
+        assert torch.equal(self.call(block, xs, fx), first)
+        assert not list(block.buffers())
+
+    def test_copies_and_restores(self, variant):
+        options, _ = self.variants[variant]
+        block = randomize(self.make(options))
+        xs, fx = self.inputs((4, D))
+        expected = self.call(block, xs, fx)
+        assert torch.equal(self.call(copy.deepcopy(block), xs, fx), expected)
+        other = self.make(options)
+        other.load_state_dict(block.state_dict())
+        assert torch.equal(self.call(other, xs, fx), expected)
+
+    def test_starts_on_the_meta_device(self, variant):
+        options, _ = self.variants[variant]
+        with torch.device("meta"):
+            block = self.make(options)
+        assert all(p.is_meta for p in block.parameters())
+        block.to_empty(device="cpu")
+        torch.manual_seed(0)
+        for module in block.modules():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+        expected = self.make(options).state_dict()
+        for name, value in block.state_dict().items():
+            assert torch.equal(value, expected[name]), name
+
+    def test_works_under_torch_func(self, variant):
+        """Gradients of single samples by vmap are those of samples taken one by one."""
+        block = randomize(self.make(self.variants[variant][0]))
+        params = dict(block.named_parameters())
+        xs, fx = self.inputs((4, D))
+
+        def loss(params, xs, fx):
+            return torch.func.functional_call(block, params, (xs if self.takes_history else xs[-1], fx)).square().sum()
+
+        by_vmap = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(params, xs, fx)
+        for i in range(4):
+            one = torch.func.grad(loss)(params, [x[i] for x in xs], fx[i])
+            for name in params:
+                torch.testing.assert_close(by_vmap[name][i], one[name])
+
+    def test_trains_under_distributed_data_parallel(self, first_variant, tmp_path):
+        """Two processes with half of the batch each have the gradients of one with all of it."""
+        chain = self.chain(first_variant)
+        mp.spawn(train_in_two_processes, (copy.deepcopy(chain), f"{tmp_path}/init", f"{tmp_path}/grads"), nprocs=2)
+        chain(torch.arange(8 * D, dtype=torch.float32).view(8, D).sin()).square().mean().backward()
+        distributed = torch.load(tmp_path / "grads", weights_only=True)
+        for name, p in chain.named_parameters():
+            torch.testing.assert_close(distributed[name], p.grad)
+
+    def test_file_runs_alone_in_an_empty_folder(self, tmp_path):
+        shutil.copy(ROOT / f"{self.module}.py", tmp_path)
+        environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+        command = [sys.executable, f"{self.module}.py"]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert "parameters" in done.stdout
+        assert "starts as x + f(x): True" in done.stdout
+
+    def test_docstring_examples_run(self):
+        result = doctest.testmod(importlib.import_module(self.module))
+        assert result.attempted > 0
+        assert result.failed == 0
+
+    def test_shows_its_options(self, variant):
+        options, _ = self.variants[variant]
+        text = repr(self.make(options))
+        assert text.startswith(self.name)
+        for name in options.keys() - {"residual_weights", "norm"}:
+            shown = options[name]
+            assert f"{name}={shown!r}" in text, text
+
+    def test_refuses_bad_options(self):
+        for options, message in self.errors:
+            with pytest.raises(ValueError, match=message):
+                self.block_class(**options)
+
+    def test_refuses_shapes_that_clash(self):
+        options = {**next(iter(self.variants.values()))[0], "dim": D}
+        for x_shape, fx_shape, channel_dim, sizes in [
+            ((4, D), (4, 1), -1, r"\(4, 6\).*\(4, 1\)"),
+            ((4, D), (D,), -1, r"\(4, 6\).*\(6,\)"),
+            ((4, 5), (4, 5), -1, r"dim=6.*\(4, 5\)"),
+            ((2, 5, D), (2, 5, D), 1, r"dim=6.*channel_dim=1.*\(2, 5, 6\)"),
+            ((D,), (D,), 1, r"channel_dim=1.*\(6,\)"),
+        ]:
+            with pytest.raises(ValueError, match=sizes):
+                self.call(self.make(options, channel_dim), [torch.zeros(x_shape)], torch.zeros(fx_shape))

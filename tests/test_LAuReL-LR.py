@@ -1,0 +1,85 @@
+import importlib
+
+import numpy as np
+import pytest
+import torch
+from block_properties import BlockProperties, D, bounded, numpy_state, randomize
+from torch import nn
+
+LAuReL_LR = importlib.import_module("LAuReL-LR").LAuReL_LR
+R = 4
+WEIGHTED = {"dim": D, "rank": R, "residual_weights": True}
+
+
+class TestLAuReLLR(BlockProperties):
+    module, name = "LAuReL-LR", "LAuReL_LR"
+    variants = {
+        "LR": ({"dim": D, "rank": R}, 2 * R * D),  # eq. 3
+        "LR orthogonal": ({"dim": D, "rank": R, "init": "orthogonal"}, 2 * R * D),
+        "LR rank 1": ({"dim": D, "rank": 1}, 2 * D),
+        "RW+LR": (WEIGHTED, 2 * R * D + 2),  # eq. 5
+        "RW+LR scale 1": ({**WEIGHTED, "scale": 1.0}, 2 * R * D + 2),
+        "RW+LR sigmoid": ({**WEIGHTED, "bound": "sigmoid"}, 2 * R * D + 2),
+        "RW+LR single": ({**WEIGHTED, "bound": "single"}, 2 * R * D + 1),
+        "RW+LR none": ({**WEIGHTED, "bound": "none"}, 2 * R * D + 2),
+    }
+    starts_plain = {name: options for name, (options, _) in variants.items() if "scale" not in options}
+    errors = [
+        ({"dim": 0}, "dim.*0"),
+        ({"dim": D, "rank": 0}, "rank.*0"),
+        ({"dim": D, "init": "zeros"}, "init.*xavier, orthogonal.*zeros"),
+        ({"dim": D, "bound": "tanh"}, "bound.*softmax, sigmoid, single, none.*tanh"),
+        ({"dim": D, "scale": -1.0}, "scale.*-1"),
+    ]
+
+    def equation(self, state, options, xs, fx):
+        g = xs[-1] + np.einsum("dr,re,...e->...d", state["B"], state["A"], xs[-1])
+        if not options.get("residual_weights"):
+            return fx + g
+        alpha, beta = bounded(state["w"], options.get("bound", "softmax"), options.get("scale", 2.0))
+        return alpha * fx + beta * g
+
+
+def test_xavier_fills_its_range():
+    block = LAuReL_LR(512, rank=64)
+    limit = (6 / (512 + 64)) ** 0.5
+    assert 0.99 * limit < block.A.abs().max() <= limit
+    assert abs(block.A.mean()) < 0.02 * limit
+    assert (block.B == 0).all()
+
+
+def test_orthogonal_init_has_the_papers_pattern():
+    dim, rank = 10, 4
+    A = LAuReL_LR(dim, rank, init="orthogonal").A
+    for i in range(dim):
+        for j in range(rank):
+            assert A[j, i].item() == pytest.approx((rank * dim) ** -0.5 if i % rank == j else 0.0)
+    gram = A @ A.T
+    assert torch.equal(gram, gram.diag().diag())
+
+
+@pytest.mark.parametrize("channel_dim", [-1, 1])
+def test_norm_is_applied_to_the_low_rank_path_alone(channel_dim):
+    """Gemma 3n's form: x + f(x) + RMSNorm(B A x); channels first with a norm that takes channels first."""
+    norm = nn.RMSNorm(D, eps=1e-6) if channel_dim == -1 else nn.GroupNorm(1, D)
+    block = LAuReL_LR(D, rank=R, norm=norm, channel_dim=channel_dim)
+    x, fx = torch.randn(2, D, D), torch.randn(2, D, D)
+    assert torch.equal(block(x, fx), x + fx)
+    randomize(block)
+    state = numpy_state(block)
+    low_rank = np.einsum("dr,re,...e->...d", state["B"], state["A"], np.moveaxis(x.numpy(), channel_dim, -1))
+    low_rank = torch.from_numpy(np.moveaxis(low_rank, -1, channel_dim).copy()).float()
+    torch.testing.assert_close(block(x, fx), x + fx + norm(low_rank))
+
+
+def test_norm_in_float32_leaves_a_bfloat16_stream_bfloat16():
+    block = randomize(LAuReL_LR(D, rank=R, norm=nn.RMSNorm(D)))
+    x = torch.randn(4, D, dtype=torch.bfloat16)
+    assert block(x, x).dtype == torch.bfloat16
+
+
+def test_without_residual_weights_there_are_none():
+    block = LAuReL_LR(D)
+    assert block.alpha is None
+    assert block.beta is None
+    assert set(block.state_dict()) == {"A", "B"}

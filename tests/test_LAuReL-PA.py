@@ -1,0 +1,149 @@
+import importlib
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from block_properties import BlockProperties, D, bounded, randomize
+from torch.utils.flop_counter import FlopCounterMode
+
+LAuReL_PA = importlib.import_module("LAuReL-PA").LAuReL_PA
+R, K = 4, 3
+BASE = {"dim": D, "k": K, "rank": R}
+WEIGHTED = {**BASE, "residual_weights": True}
+
+
+class TestLAuReLPA(BlockProperties):
+    module, name = "LAuReL-PA", "LAuReL_PA"
+    takes_history = True
+    variants = {
+        "PA": (BASE, 2 * R * D + K),  # eq. 4
+        "PA orthogonal": ({**BASE, "init": "orthogonal"}, 2 * R * D + K),
+        "PA k = 1": ({**BASE, "k": 1}, 2 * R * D + 1),
+        "PA k = 2": ({**BASE, "k": 2}, 2 * R * D + 2),
+        "PA identity": ({**BASE, "rank": None}, K),
+        "PA not shared": ({**BASE, "shared": False}, 2 * R * K * D + K),
+        "RW+PA": (WEIGHTED, 2 * R * D + K + 2),  # §2.4
+        "RW+PA identity": ({**WEIGHTED, "rank": None}, K + 2),
+        "RW+PA scale 1": ({**WEIGHTED, "scale": 1.0}, 2 * R * D + K + 2),
+        "RW+PA sigmoid": ({**WEIGHTED, "bound": "sigmoid"}, 2 * R * D + K + 2),
+        "RW+PA single": ({**WEIGHTED, "bound": "single"}, 2 * R * D + K + 1),
+        "RW+PA none": ({**WEIGHTED, "bound": "none"}, 2 * R * D + K + 2),
+        "RW+LR+PA": ({**WEIGHTED, "shared": False}, 2 * R * K * D + K + 2),  # eq. 6
+        "RW+LR+PA orthogonal": ({**WEIGHTED, "shared": False, "init": "orthogonal"}, 2 * R * K * D + K + 2),
+    }
+    starts_plain = {name: options for name, (options, _) in variants.items() if "scale" not in options}
+    errors = [
+        ({"dim": 0}, "dim.*0"),
+        ({"dim": D, "k": 0}, "k.*0"),
+        ({"dim": D, "rank": 0}, "rank.*None.*0"),
+        ({"dim": D, "init": "zeros"}, "init.*xavier, orthogonal.*zeros"),
+        ({"dim": D, "bound": "tanh"}, "bound.*softmax, sigmoid, single, none.*tanh"),
+        ({"dim": D, "scale": float("inf")}, "scale.*inf"),
+    ]
+
+    def equation(self, state, options, xs, fx):
+        g = xs[-1].copy()
+        for j in range(min(options["k"], len(xs))):
+            x = xs[len(xs) - 1 - j]  # x_{i-j}
+            if options["rank"] is None:
+                h = x
+            elif options.get("shared", True):
+                h = np.einsum("dr,re,...e->...d", state["B"], state["A"], x)
+            else:
+                h = np.einsum("dr,re,...e->...d", state["B"][j], state["A"][j], x)
+            g += state["gamma"][j] * h
+        if not options.get("residual_weights"):
+            return fx + g
+        alpha, beta = bounded(state["w"], options.get("bound", "softmax"), options.get("scale", 2.0))
+        return alpha * fx + beta * g
+
+    @pytest.mark.parametrize("n", [1, 2, 3, 4])
+    def test_takes_as_many_activations_as_there_are(self, variant, n):
+        options, _ = self.variants[variant]
+        block = randomize(self.make(options)).double()
+        xs, fx = self.inputs((4, D), torch.float64)
+        expected = self.expected(block, options, xs[:n], fx, -1)
+        np.testing.assert_allclose(block(xs[:n], fx).detach(), expected, rtol=1e-12, atol=1e-12)
+        np.testing.assert_allclose(block(tuple(xs[:n]), fx).detach(), expected, rtol=1e-12, atol=1e-12)
+
+    def test_leaves_the_history_as_it_was(self, variant):
+        block = randomize(self.make(self.variants[variant][0]))
+        xs, fx = self.inputs((4, D))
+        before = [x.clone() for x in xs]
+        block(xs, fx)
+        assert len(xs) == len(before)
+        for x, y in zip(xs, before):
+            assert torch.equal(x, y)
+
+
+def test_looks_at_the_last_k_alone():
+    block = randomize(LAuReL_PA(D, k=2, rank=R))
+    xs = [torch.randn(4, D) for _ in range(5)]
+    expected = block(xs[-2:], xs[0])
+    assert torch.equal(block(xs, xs[0]), expected)
+    xs[-3] = torch.zeros(1)
+    assert torch.equal(block(xs, torch.zeros(4, D)), block(xs[-2:], torch.zeros(4, D)))
+
+
+def test_shared_low_rank_costs_one_product():
+    """h is linear, so k activations cost no more floating-point operations of products than one."""
+    x = torch.randn(8, D)
+    flops = []
+    for k in (1, 4):
+        with FlopCounterMode(display=False) as counter:
+            LAuReL_PA(D, k=k, rank=R)([x] * 4, x)
+        flops.append(counter.get_total_flops())
+    assert flops[0] == flops[1] == 2 * 2 * 8 * R * D
+
+
+def test_later_layers_do_not_change_earlier_activations():
+    """A stack with PA is causal in depth: what a layer computes depends on nothing behind it."""
+    blocks = [randomize(LAuReL_PA(D, rank=R)) for _ in range(4)]
+
+    def run(n):
+        xs = [torch.ones(2, D)]
+        for block in blocks[:n]:
+            xs.append(block(xs, F.gelu(xs[-1])))
+        return xs
+
+    for a, b in zip(run(2), run(4)):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_orthogonal_init_has_the_papers_pattern(shared):
+    dim, rank = 10, 4
+    block = LAuReL_PA(dim, 3, rank, shared=shared, init="orthogonal")
+    for A in [block.A] if shared else block.A:
+        for i in range(dim):
+            for j in range(rank):
+                assert A[j, i].item() == pytest.approx((rank * dim) ** -0.5 if i % rank == j else 0.0)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_xavier_fills_its_range(shared):
+    block = LAuReL_PA(512, 3, 64, shared=shared)
+    limit = (6 / (512 + 64)) ** 0.5
+    assert 0.99 * limit < block.A.abs().max() <= limit
+    assert (block.B == 0).all()
+    assert (block.gamma == 1).all()
+    assert (LAuReL_PA(512, 3, None).gamma == 0).all()
+
+
+def test_refuses_a_history_that_does_not_fit():
+    block = LAuReL_PA(D, rank=R)
+    x = torch.zeros(4, D)
+    with pytest.raises(ValueError, match=r"xs.*at least one.*\[\]"):
+        block([], x)
+    with pytest.raises(ValueError, match=r"xs.*list.*tensor of shape \(4, 6\)"):
+        block(x, x)
+    with pytest.raises(ValueError, match=r"same shape.*\(2, 6\).*\(4, 6\).*new list"):
+        block([torch.zeros(2, D), x], x)
+
+
+def test_earlier_activations_in_float32_leave_a_bfloat16_stream_bfloat16():
+    for rank in (None, R):
+        block = randomize(LAuReL_PA(D, rank=rank))
+        xs = [torch.randn(4, D), torch.randn(4, D, dtype=torch.bfloat16)]
+        assert block(xs, xs[-1]).dtype == torch.bfloat16

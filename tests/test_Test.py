@@ -1,0 +1,375 @@
+import copy
+import csv
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from packaging.requirements import Requirement
+
+import Test
+import TrainUtil
+from Test import MODELS, Model, SmallCNN
+
+ROOT = Path(__file__).parents[1]
+SYNTHETIC = ("--dataset", "synthetic", "--limit", "400", "--batch-size", "100", "--epochs", "1")
+
+
+def run(*options: str, **kwargs) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "Test.py"), *options]
+    return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", **kwargs)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The models
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def data() -> TrainUtil.Dataset:
+    return TrainUtil.synthetic()
+
+
+@pytest.fixture(scope="module")
+def networks(data) -> dict[str, SmallCNN]:
+    names = (*MODELS, "lr@8", "pa/5", "rw+lr+pa@4/2")
+    return {name: SmallCNN(Model.parse(name), 3, data.train_images) for name in names}
+
+
+def test_all_models_share_f_to_the_bit(networks):
+    shared = networks["residual"].state_dict()
+    for name, network in networks.items():
+        state = network.state_dict()
+        assert shared.keys() <= state.keys(), name
+        for key, value in shared.items():
+            assert torch.equal(state[key], value), (name, key)
+
+
+def test_all_models_start_as_the_same_function(networks, data):
+    x = TrainUtil.normalize(data.test_images[:64])
+    for training in (True, False):
+        outputs = {name: network.train(training)(x) for name, network in networks.items()}
+        for name, output in outputs.items():
+            assert torch.equal(output, outputs["residual"]), name
+
+
+def test_all_models_take_the_same_batches(networks, data, monkeypatch):
+    seen: dict[str, list] = {}
+
+    def recording(*args):
+        for x, y in batches(*args):
+            seen[name].append((x, y))
+            yield x, y
+
+    batches = TrainUtil.batches
+    monkeypatch.setattr(TrainUtil, "batches", recording)
+    recipe = TrainUtil.Recipe(epochs=2, batch_size=100)
+    for name in ("residual", "rw+lr+pa", "deeper"):
+        seen[name] = []
+        TrainUtil.train(SmallCNN(Model.parse(name), 0, data.train_images), data.limit(200), recipe, 0)
+    assert len(seen["residual"]) == 4
+    for mine, theirs in zip(seen["rw+lr+pa"], seen["residual"]):
+        assert all(torch.equal(a, b) for a, b in zip(mine, theirs))
+    for mine, theirs in zip(seen["deeper"], seen["residual"]):
+        assert all(torch.equal(a, b) for a, b in zip(mine, theirs))
+
+
+def test_seeds_differ_and_building_a_model_leaves_the_random_numbers_alone(data):
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    states = [SmallCNN(Model.parse("rw+lr+pa"), seed, data.train_images).state_dict() for seed in (0, 1)]
+    assert torch.equal(torch.rand(3), expected)
+    for key in ("stages.0.branches.0.0.weight", "stages.0.residuals.0.A"):
+        assert not torch.equal(states[0][key], states[1][key])
+
+
+def test_every_trainable_parameter_gets_a_gradient(networks, data):
+    """No γ and no low-rank pair waits for an activation that is never there. B and a gain of 0 are moved first."""
+    x = TrainUtil.normalize(data.train_images[:64])
+    for name, network in networks.items():
+        network = copy.deepcopy(network)
+        with torch.no_grad():
+            for key, p in network.named_parameters():
+                if key.endswith(".B") or (p == 0).all():
+                    p.normal_(std=0.01)
+        network.train()(x).square().sum().backward()
+        for key, p in network.named_parameters():
+            assert not p.requires_grad or (p.grad is not None and p.grad.abs().sum() > 0), (name, key)
+
+
+def test_added_parameters_are_the_papers():
+    """2 a layer for RW, 2rD for LR; PA 2rD + k with the k that the stage has; eq. 6: 2rkD + k + 2."""
+    images = TrainUtil.synthetic().train_images
+    baseline = sum(p.numel() for p in SmallCNN(Model.parse("residual"), 0, images).parameters())
+    layers = [(d, j + 1) for d, n in zip(SmallCNN.widths, SmallCNN.layers) for j in range(n)]  # D, activations there
+    for name, expected in {
+        "rw": 2 * len(layers),
+        "lr@8": sum(2 * 8 * d for d, _ in layers),
+        "rw+lr": sum(2 * 16 * d + 2 for d, _ in layers),
+        "pa": sum(2 * 16 * d + min(3, n) for d, n in layers),
+        "pa/2": sum(2 * 16 * d + min(2, n) for d, n in layers),
+        "rw+pa@4": sum(2 * 4 * d + min(3, n) + 2 for d, n in layers),
+        "rw+lr+pa@4/2": sum(2 * 4 * min(2, n) * d + min(2, n) + 2 for d, n in layers),
+        "deeper": 9 * 64 * 64 + 2 * 64,
+    }.items():
+        parameters = sum(p.numel() for p in SmallCNN(Model.parse(name), 0, images).parameters())
+        assert parameters - baseline == expected, name
+
+
+def test_whitened_patches_are_uncorrelated_with_unit_variance(networks, data):
+    """For natural images; the noise of 5e-4 that is added to the variances is far below those of the made-up ones."""
+    out = networks["residual"].whitening(TrainUtil.normalize(data.train_images[:5000]))[:, :12, ::2, ::2]
+    covariance = out.transpose(0, 1).flatten(1).double()
+    covariance = covariance @ covariance.T / covariance.shape[1]
+    torch.testing.assert_close(covariance, torch.eye(12).double(), rtol=0, atol=0.05)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> tuple[subprocess.CompletedProcess, Path]:
+    out = tmp_path_factory.mktemp("runs") / "finished"
+    return run(*SYNTHETIC, "--models", "residual", "rw", "rw+lr+pa@4/2", "--seeds", "2", "--out", str(out)), out
+
+
+def test_a_whole_run_leaves_its_files(finished):
+    done, out = finished
+    assert done.returncode == 0, done.stderr
+    results = json.loads((out / "results.json").read_text())
+    config, runs = results["config"], results["runs"]
+    assert {
+        "models",
+        "epochs",
+        "batch_size",
+        "seeds",
+        "device",
+        "precision",
+        "compile",
+        "dataset",
+        "limit",
+    } <= config.keys()
+    assert {"recipe", "torch", "torchvision", "python", "device_name", "git_commit"} <= config.keys()
+    assert [(run["model"], run["seed"]) for run in runs] == [
+        (model, seed) for seed in (0, 1) for model in ("residual", "rw", "rw+lr+pa@4/2")
+    ]
+    for one in runs:
+        assert one["epochs"] == len(one["history"]) == 1
+        assert one["parameters"] > 600_000
+        assert 0 <= one["test_accuracy"] <= 1
+        assert one["train_seconds"] > 0
+        assert one["images_per_second"] > 0
+        assert one["history"][0].keys() == {"epoch", "train_loss", "test_accuracy", "seconds"}
+    assert runs[1]["learned"].keys() == {"alpha", "beta"}
+    assert runs[2]["learned"].keys() == {"alpha", "beta", "gamma[0]", "gamma[1]"}
+    assert list(runs[2]["learned"]["gamma[1]"]) == ["1.2", "2.2", "3.2", "3.3"]
+    rows = list(csv.DictReader((out / "results.csv").open()))
+    assert [float(row["test_accuracy"]) for row in rows] == [one["test_accuracy"] for one in runs]
+    for name in ("accuracy.png", "learned.png"):
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in out.iterdir()) == ["accuracy.png", "learned.png", "results.csv", "results.json"]
+
+
+def test_the_table_is_that_of_the_results(finished):
+    done, out = finished
+    runs = json.loads((out / "results.json").read_text())["runs"]
+    table = {
+        cells[0]: cells[1:]
+        for line in done.stdout.splitlines()
+        if len(cells := [cell.strip() for cell in re.split("[│|]", line)[1:-1]]) == 7
+    }
+    assert list(table) == ["residual", "rw", "rw+lr+pa@4/2"]
+    assert table["residual"][0] == f"{runs[0]['parameters']:,}"
+    a, b = (100 * one["test_accuracy"] for one in (runs[1], runs[4]))
+    assert table["rw"][2] == f"{(a + b) / 2:.2f} ± {abs(a - b) / 2**0.5:.2f}"
+    c, d = (100 * one["test_accuracy"] for one in (runs[0], runs[3]))
+    assert table["rw"][3] == f"{(a - c + b - d) / 2:+.2f} ± {abs(a - c - b + d) / 2**0.5:.2f}"
+    assert table["residual"][3] == "–"
+    assert "SYNTHETIC" in done.stdout
+    for name in ("results.json", "results.csv", "accuracy.png", "learned.png"):
+        assert str(out / name) in done.stdout.replace("\n", "")
+
+
+def test_plain_lines_where_the_output_is_no_terminal(finished):
+    lines = [line for line in finished[0].stdout.splitlines() if line.startswith("[")]
+    assert len(lines) == 6
+    assert re.fullmatch(
+        r"\[2/6\] rw, seed 0, epoch 1/1, loss \d+\.\d+, accuracy \d+\.\d+ %, \d+ images/s, \d+:\d\d min left", lines[1]
+    )
+    assert "0:00 min left" in lines[-1]
+    assert "\x1b" not in finished[0].stdout
+
+
+def test_the_same_command_gives_the_same_numbers(finished, tmp_path):
+    out = tmp_path / "again"
+    run(*SYNTHETIC, "--models", "rw", "--out", str(out))
+    (again,) = json.loads((out / "results.json").read_text())["runs"]
+    before = json.loads((finished[1] / "results.json").read_text())["runs"][1]
+    assert again["test_accuracy"] == before["test_accuracy"]
+    assert again["history"][0]["train_loss"] == before["history"][0]["train_loss"]
+    assert again["learned"] == before["learned"]
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        (["--models", "resnet"], ["'resnet'", *MODELS]),
+        (["--models", "rw@8"], ["rw@8", "no rank"]),
+        (["--models", "lr/3"], ["lr/3", "no k"]),
+        (["--models", "lr@0"], ["lr@0", "at least 1"]),
+        (["--seeds", "0"], ["--seeds", "at least 1", "'0'"]),
+        (["--epochs", "-1"], ["--epochs", "at least 1", "-1"]),
+        (["--epochs", "2.5"], ["--epochs", "whole number", "2.5"]),
+        (["--device", "tpu"], ["'tpu'", "auto, cpu"]),
+        (["--device", "cuda:99"], ["'cuda:99'", "auto, cpu"]),
+        (["--precision", "float8"], ["float8", "float32", "bfloat16"]),
+        (["--dataset", "mnist"], ["mnist", "cifar10", "synthetic"]),
+        (["--out", str(Path(__file__))], ["--out", Path(__file__).name]),
+    ],
+    ids=" ".join,
+)
+def test_bad_options_end_in_one_line_before_any_work(options, parts, capsys):
+    with pytest.raises(SystemExit) as end:
+        Test.main([*SYNTHETIC, *options])
+    assert end.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert len(captured.err.splitlines()) == 1
+    for part in parts:
+        assert part in captured.err
+
+
+def test_results_are_never_overwritten(finished, capsys):
+    before = (finished[1] / "results.json").read_bytes()
+    with pytest.raises(SystemExit) as end:
+        Test.main([*SYNTHETIC, "--out", str(finished[1])])
+    assert end.value.code == 2
+    assert str(finished[1]) in capsys.readouterr().err
+    assert (finished[1] / "results.json").read_bytes() == before
+
+
+def test_no_data_ends_with_what_was_tried(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(TrainUtil, "ARCHIVE_URLS", ("http://127.0.0.1:1/archive",))
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CIFAR10_DIR", raising=False)
+    assert Test.main(["--data-dir", str(tmp_path / "data"), "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    for part in ("127.0.0.1", "npm is not installed", "MD5", "--dataset synthetic", str(tmp_path / "data")):
+        assert part in error
+    assert len(error.splitlines()) < 12
+    assert not (tmp_path / "out" / "results.json").exists()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
+def test_interrupting_keeps_what_has_finished(tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, str(ROOT / "Test.py"), *SYNTHETIC, "--seeds", "500", "--out", str(out)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8")
+    deadline = time.monotonic() + 120
+    while not (out / "results.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    runs = json.loads((out / "results.json").read_text())["runs"]
+    assert runs[0]["model"] == "residual"
+    assert f"{len(runs)} runs have finished" in stderr
+    assert "Traceback" not in stderr
+    assert "│ residual" in stdout
+    assert sorted(path.name for path in out.iterdir()) == ["accuracy.png", "learned.png", "results.csv", "results.json"]
+
+
+def test_help_has_examples_that_parse(tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as end:
+        Test.main(["--help"])
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    monkeypatch.chdir(tmp_path)
+    examples = re.findall(r"^  python Test\.py((?: \S+)*)", text, flags=re.MULTILINE)
+    assert len(examples) >= 3
+    for example in examples:
+        Test.parse(shlex.split(example))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The project around it
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_both_requirement_files_say_the_same():
+    tomllib = pytest.importorskip("tomllib", reason="comes with Python 3.11")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert sorted(project["dependencies"]) == sorted((ROOT / "requirements.txt").read_text().split())
+
+
+def test_the_lock_file_holds_no_address_and_fits_the_project():
+    tomllib = pytest.importorskip("tomllib", reason="comes with Python 3.11")
+    text = (ROOT / "uv.lock").read_text()
+    if "[package.metadata" in text:
+        pytest.skip("uv has filled in uv.lock for this machine; .ci/lock takes the addresses out")
+    assert "://" not in text
+    lock = tomllib.loads(text)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    versions: dict[str, list[str]] = {}
+    for package in lock["package"]:
+        assert not {"sdist", "wheels"} & package.keys()
+        assert package["source"] in ({"registry": "index"}, {"virtual": "."})
+        versions.setdefault(package["name"], []).append(package["version"])
+    wanted = [*project["project"]["dependencies"], *project["dependency-groups"]["dev"]]
+    for requirement in map(Requirement, wanted):
+        assert versions[requirement.name]
+        assert all(requirement.specifier.contains(version) for version in versions[requirement.name])
+
+
+def readme_blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+def test_readme_commands_run(tmp_path):
+    """Those that download nothing run; the others parse, and the files that they name are there."""
+    commands = [line.split("#")[0].strip() for block in readme_blocks("sh") for line in block.splitlines()]
+    commands = [
+        command.replace("uv run ", "python ", 1) for command in commands if "Test.py" in command or "LAuReL" in command
+    ]
+    commands = [command.split("&&")[-1].strip() for command in commands]
+    assert any("--dataset synthetic" in command for command in commands)
+    for i, command in enumerate(dict.fromkeys(commands)):
+        python, script, *options = shlex.split(command)
+        assert python == "python"
+        if script == "Test.py" and "synthetic" not in options and "--help" not in options:
+            Test.parse([*options, "--out", str(tmp_path / "parsed")])
+            continue
+        if script == "Test.py" and "--out" not in options and "--help" not in options:
+            options += ["--out", str(tmp_path / str(i))]
+        done = subprocess.run([sys.executable, ROOT / script, *options], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, (command, done.stderr)
+
+
+def test_readme_code_runs(monkeypatch):
+    blocks = readme_blocks("python")
+    assert len(blocks) >= 2
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {})
+
+
+@pytest.mark.download
+def test_one_short_run_on_the_real_data(tmp_path):
+    options = ["--models", "residual", "--epochs", "1", "--limit", "10000", "--data-dir", str(tmp_path / "data")]
+    done = run(*options, "--out", str(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr
+    (one,) = json.loads((tmp_path / "out" / "results.json").read_text())["runs"]
+    assert one["test_accuracy"] > 0.25
+    assert "CIFAR-10, 10,000 training images" in done.stdout
+    data = TrainUtil.load_cifar10(tmp_path / "data")  # what it left for the next time, checked against its SHA-256
+    assert data.train_labels.bincount().tolist() == [5000] * 10
+    assert data.test_labels.bincount().tolist() == [1000] * 10

