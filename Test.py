@@ -252,6 +252,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     options.out = options.out or Path("runs") / time.strftime("%Y-%m-%d-%H%M%S")
     if options.precision == "auto":
         options.precision = TrainUtil.default_precision(options.device)
+    training_images = 5000 if options.dataset == "synthetic" else 50_000
+    if options.hold_out and options.hold_out >= training_images:
+        parser.error(f"--hold-out must be below the {training_images} training images, got {options.hold_out}")
     if (options.out / "results.json").exists():
         parser.error(f"--out {options.out} holds the results of another run; name a new folder")
     try:
@@ -389,8 +392,8 @@ def write_results(out: Path, config: dict, runs: list[dict]) -> None:
 
 
 def draw(out: Path, config: dict, runs: list[dict]) -> None:
-    """accuracy.png: test accuracy over training time. learned.png: α, β and γ of every layer, means over seeds."""
-    import matplotlib
+    """accuracy.png and learned.png."""
+    import matplotlib  # here, as it takes a second to import
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -398,6 +401,7 @@ def draw(out: Path, config: dict, runs: list[dict]) -> None:
     names = list(dict.fromkeys(run["model"] for run in runs))
     style = {name: {"color": f"C{i % 10}", "marker": "osD^vPX*"[i % 8]} for i, name in enumerate(names)}
 
+    # Test accuracy over training time, a line a run
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     for run in runs:
         seconds = [0.0]
@@ -413,6 +417,7 @@ def draw(out: Path, config: dict, runs: list[dict]) -> None:
     with TrainUtil.replacing(out / "accuracy.png") as path:
         figure.savefig(path, dpi=120)
 
+    # α, β and γ by layer, means over the seeds
     figure, panels = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
     figure.suptitle(title(config), fontsize="small")
     layers = sorted({layer for run in runs for values in run["learned"].values() for layer in values})

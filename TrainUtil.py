@@ -109,6 +109,7 @@ def load_cifar10(data_dir: Path) -> Dataset:
         try:
             arrays = read()
             check_arrays(arrays)
+            data = Dataset("CIFAR-10", **arrays)
         except Exception as error:  # whatever is wrong with one source, the next may have the data
             failed.append(f"{name}: {error}")
             if not isinstance(error, FileNotFoundError):
@@ -122,7 +123,7 @@ def load_cifar10(data_dir: Path) -> Dataset:
                     torch.save(arrays, path)
             except OSError as error:
                 tell(f"It could not be kept for the next time: {error}")
-        return Dataset("CIFAR-10", **arrays)
+        return data
     raise DataError(
         "CIFAR-10 could not be had. What was tried:\n  "
         + "\n  ".join(failed)
@@ -162,7 +163,7 @@ def read_archive(path: Path) -> dict[str, Tensor]:
         raise FileNotFoundError("no such file")
     if not check_integrity(str(path), ARCHIVE_MD5):
         raise ValueError(f"its MD5 is not {ARCHIVE_MD5}: cut short, or another file")
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+    with tempfile.TemporaryDirectory() as folder:  # not beside the archive, where we may not be allowed to write
         extract_archive(str(path), folder)
         return read_batches(Path(folder) / CIFAR10.base_folder)
 

@@ -81,6 +81,7 @@ def train_in_two_processes(rank: int, chain: Chain, port_file: str, result: str)
     model(x).square().mean().backward()
     if rank == 0:
         torch.save({name: p.grad for name, p in chain.named_parameters()}, result)
+    dist.barrier()  # neither leaves while the other still talks to it
     dist.destroy_process_group()
 
 

@@ -234,6 +234,7 @@ def test_the_same_command_gives_the_same_numbers(finished, tmp_path):
         (["--device", "cuda:99"], ["'cuda:99'", "auto, cpu"]),
         (["--precision", "float8"], ["float8", "float32", "bfloat16"]),
         (["--dataset", "mnist"], ["mnist", "cifar10", "synthetic"]),
+        (["--hold-out", "5000"], ["--hold-out", "below the 5000"]),
         (["--out", str(Path(__file__))], ["--out", Path(__file__).name]),
     ],
     ids=" ".join,
