@@ -409,7 +409,7 @@ def network() -> nn.Sequential:
         nn.Conv2d(3, 8, 3, stride=2),
         nn.BatchNorm2d(8),
         nn.ReLU(),
-        nn.AdaptiveMaxPool2d(1),
+        nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
         nn.Linear(8, 10),
     )
