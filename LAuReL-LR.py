@@ -3,11 +3,13 @@
     x_{i+1} = f(x_i) + x_i + B A x_i                                      §2.2, eq. 3
     x_{i+1} = α · f(x_i) + β · (x_i + B A x_i)        RW+LR,              eq. 5
 
-from Menghani, Kumar, Kumar, "LAuReL: Learned Augmented Residual Layer", ICML 2025 (arXiv 2411.07501).
-This file needs torch alone: copy it into your project and replace one line.
+An unofficial implementation (MIT licence) of Menghani, Kumar, Kumar, "LAuReL: Learned Augmented Residual Layer",
+ICML 2025 (arXiv 2411.07501). This file needs torch alone: copy it into your project and replace one line.
+
+    LAuReL_LR = importlib.import_module("LAuReL-LR").LAuReL_LR     # or give the file a name without a hyphen
 
     x = x + self.f(x)                   # before
-    x = self.residual(x, self.f(x))     # after, with self.residual = LAuReL_LR(D)
+    x = self.residual(x, self.f(x))     # after, with self.residual = LAuReL_LR(D), or LAuReL_LR(D, channel_dim=1)
 """
 
 import math
@@ -25,7 +27,8 @@ class LAuReL_LR(nn.Module):
 
     With ``residual_weights=True`` it is RW+LR: α · f(x) + β · (x + B A x) (eq. 5). B starts at zero, so with the
     default options the block starts as the plain residual, to the last bit. It adds 2rD parameters, and with
-    ``residual_weights`` those of ``w``: 2, or 1 for ``bound="single"``.
+    ``residual_weights`` those of ``w``: 2, or 1 for ``bound="single"``. The paper leaves weight decay on them open:
+    keep it off ``w``, which it draws to scale / 2, or to 0 for ``bound="none"``.
 
     Args:
         dim: D, the size of the channel dimension.
@@ -34,11 +37,13 @@ class LAuReL_LR(nn.Module):
         init: how A starts. ``"xavier"``: uniform within ±√(6 / (r + D)), as the paper has it on ResNet-50.
             ``"orthogonal"``: the paper's column-orthogonal pattern for LLMs, 1/√(rD) where channel i meets component
             i mod r, else 0. Written for A of shape (r, D), that is A[i mod r, i]: every channel is used.
-        norm: a module applied to B A x, in the shape of x, before it is added; Gemma 3n has an RMSNorm here.
+        norm: a module applied to B A x before it is added, in the layout of x: ``nn.RMSNorm(D)`` for (…, D), as in
+            Gemma 3n, ``nn.GroupNorm(1, D)`` for channels first. As B starts at zero, its first gradient is up to
+            1/√eps times as large, and one step brings the path to the norm's full size.
         bound: how ``w`` becomes α and β: ``"softmax"``: scale · softmax(w); ``"sigmoid"``: scale · σ(w), each on its
             own; ``"single"``: one parameter, α = scale · σ(w), β = scale − α; ``"none"``: w itself. All start at
             scale / 2, and ``"none"`` at 1. The paper leaves the start open; ``scale=2`` is the plain residual.
-        scale: the factor above. ``bound`` and ``scale`` have no effect without ``residual_weights``.
+        scale: the factor above. Without effect for ``bound="none"``, as both are without ``residual_weights``.
         channel_dim: where D stands: -1 for (…, D), 1 for (N, D, H, W).
 
     Shape:
@@ -94,7 +99,9 @@ class LAuReL_LR(nn.Module):
         if self.init == "xavier":
             nn.init.xavier_uniform_(self.A)
         else:
-            pattern = torch.arange(self.dim) % self.rank == torch.arange(self.rank)[:, None]  # (r, D)
+            # Made of A itself, so that a sharded A can be filled too.
+            ones = torch.ones_like(self.A, dtype=torch.long)
+            pattern = (ones.cumsum(-1) - ones.cumsum(-2)) % self.rank == 0  # (r, D): component i mod r, channel i
             with torch.no_grad():
                 self.A.copy_(pattern / math.sqrt(self.rank * self.dim))
         nn.init.zeros_(self.B)

@@ -2,13 +2,16 @@
 
     x_{i+1} = f(x_i) + x_i + Σ_{j=0..k-1} γ_j h(x_{i-j})                  §2.3, eq. 4, h(x) = B A x, or x itself
     x_{i+1} = α · f(x_i) + β · (x_i + Σ γ_j h(x_{i-j}))      RW+PA,       §2.4
-    x_{i+1} = α · f(x_i) + β · (x_i + Σ γ_j B_j A_j x_{i-j})  RW+LR+PA,   eq. 6
+    x_{i+1} = α · f(x_i) + β · (x_i + Σ γ_j B_j A_j x_{i-j})  RW+LR+PA,   eq. 6, where the paper prints A B
 
-from Menghani, Kumar, Kumar, "LAuReL: Learned Augmented Residual Layer", ICML 2025 (arXiv 2411.07501).
-This file needs torch alone: copy it into your project and replace one line.
+An unofficial implementation (MIT licence) of Menghani, Kumar, Kumar, "LAuReL: Learned Augmented Residual Layer",
+ICML 2025 (arXiv 2411.07501). This file needs torch alone: copy it into your project and replace one line.
+
+    LAuReL_PA = importlib.import_module("LAuReL-PA").LAuReL_PA     # or give the file a name without a hyphen
 
     x = x + self.f(x)                                # before
-    xs.append(self.residual(xs, self.f(xs[-1])))     # after, with self.residual = LAuReL_PA(D) and xs = [x_0, …, x_i]
+    xs.append(self.residual(xs, self.f(xs[-1])))     # after, with xs = [x_0, …, x_i] and
+                                                     # self.residual = LAuReL_PA(D), or LAuReL_PA(D, channel_dim=1)
 """
 
 import math
@@ -27,7 +30,11 @@ class LAuReL_PA(nn.Module):
 
     The sum runs over j = 0 … k−1, so x_i itself is in it. The block keeps nothing between calls: the caller owns the
     list of activations, and the block looks at its last k, or at as many as there are. Start a new list where the
-    shape changes (a down-sampling stage); the paper leaves open how PA crosses one.
+    shape changes (a down-sampling stage); the paper leaves open how PA crosses one. Two cases need a slice:
+
+    - ``checkpoint(residual, tuple(xs), fx, use_reentrant=False)``: activation checkpointing calls the block again
+      when a list that it was given has grown, and would compute other values, and gradients, without an error.
+    - ``residual(xs[-k:], fx)`` where blocks are compiled one by one: each length of a list is compiled anew.
 
     ================================================ ============================ ================
     options                                          equation                     new parameters
@@ -37,6 +44,9 @@ class LAuReL_PA(nn.Module):
     ``residual_weights=True``                        §2.4, RW+PA                  2rD + k + 2
     ``residual_weights=True, shared=False``          eq. 6, RW+LR+PA              2rkD + k + 2
     ================================================ ============================ ================
+
+    The 2 are those of ``w``, 1 for ``bound="single"``. The paper leaves weight decay on the new parameters open: keep
+    it off ``gamma``, which it draws to 0, and off ``w``, which it draws to scale / 2, or to 0 for ``bound="none"``.
 
     The paper leaves open where γ starts. B starts at zero and γ at 1; with the identity h, γ starts at 0. Either way
     the block with default options starts as the plain residual, to the last bit.
@@ -49,11 +59,12 @@ class LAuReL_PA(nn.Module):
         residual_weights: learn α and β too.
         init: how A starts. ``"xavier"``: uniform within ±√(6 / (r + D)), as the paper has it on ResNet-50.
             ``"orthogonal"``: the paper's column-orthogonal pattern for LLMs, 1/√(rD) where channel i meets component
-            i mod r, else 0. Written for A of shape (r, D), that is A[i mod r, i]: every channel is used.
+            i mod r, else 0. Written for A of shape (r, D), that is A[i mod r, i]: every channel is used. Without
+            effect for ``rank=None``.
         bound: how ``w`` becomes α and β: ``"softmax"``: scale · softmax(w); ``"sigmoid"``: scale · σ(w), each on its
             own; ``"single"``: one parameter, α = scale · σ(w), β = scale − α; ``"none"``: w itself. All start at
             scale / 2, and ``"none"`` at 1. The paper leaves the start open; ``scale=2`` is the plain residual.
-        scale: the factor above. ``bound`` and ``scale`` have no effect without ``residual_weights``.
+        scale: the factor above. Without effect for ``bound="none"``, as both are without ``residual_weights``.
         channel_dim: where D stands: -1 for (…, D), 1 for (N, D, H, W).
 
     Shape:
@@ -121,7 +132,9 @@ class LAuReL_PA(nn.Module):
                 limit = math.sqrt(6 / (self.rank + self.dim))  # xavier_uniform_ takes a leading k for a filter size
                 nn.init.uniform_(self.A, -limit, limit)
             else:
-                pattern = torch.arange(self.dim) % self.rank == torch.arange(self.rank)[:, None]  # (r, D)
+                # Made of A itself, so that a sharded A can be filled too.
+                ones = torch.ones_like(self.A, dtype=torch.long)
+                pattern = (ones.cumsum(-1) - ones.cumsum(-2)) % self.rank == 0  # (r, D): component i mod r, channel i
                 with torch.no_grad():
                     self.A.copy_(pattern / math.sqrt(self.rank * self.dim))
             nn.init.zeros_(self.B)
@@ -161,26 +174,27 @@ class LAuReL_PA(nn.Module):
         return h.movedim(-1, self.channel_dim)
 
     def previous(self, xs: Sequence[Tensor]) -> Tensor:
-        """Σ_j γ_j h(x_{i-j}) over the last k of xs, in the shape of x_i."""
-        terms = [gamma * x for gamma, x in zip(self.gamma, reversed(xs[-self.k :]))]  # γ_0 x_i, γ_1 x_{i-1}, …
-        if self.rank is None:
-            return sum(terms)
-        if self.shared:  # h is linear: Σ γ_j h(x_{i-j}) = h(Σ γ_j x_{i-j}), one low-rank product in place of k
-            return self.low_rank(sum(terms), self.A, self.B)
-        return sum(self.low_rank(term, A, B) for term, A, B in zip(terms, self.A, self.B))
+        """Σ_j γ_j h(x_{i-j}) over xs = […, x_{i-1}, x_i], in the shape of x_i."""
+        terms = [gamma * x for gamma, x in zip(self.gamma, reversed(xs))]  # γ_0 x_i, γ_1 x_{i-1}, …
+        if self.rank is not None and not self.shared:
+            terms = [self.low_rank(term, A, B) for term, A, B in zip(terms, self.A, self.B)]
+        total = sum(terms[1:], start=terms[0])
+        if self.rank is not None and self.shared:
+            # h is linear: Σ γ_j h(x_{i-j}) = h(Σ γ_j x_{i-j}), one low-rank product in place of k
+            total = self.low_rank(total, self.A, self.B)
+        return total
 
     def forward(self, xs: Sequence[Tensor], fx: Tensor) -> Tensor:
         if not isinstance(xs, (list, tuple)) or len(xs) == 0:
-            got = f"a tensor of shape {tuple(xs.shape)}" if isinstance(xs, Tensor) else repr(xs)
-            raise ValueError(f"xs must be a list of activations with at least one entry, got {got}")
+            got = "none" if isinstance(xs, (list, tuple)) else f"a {type(xs).__name__}"
+            raise ValueError(f"xs must be a list or tuple of at least one activation, got {got}")
+        xs = xs[-self.k :]
         x = xs[-1]
-        for previous in xs[-self.k :]:
-            if previous.shape != fx.shape:
-                raise ValueError(
-                    "the activations in xs and fx must have the same shape, got "
-                    f"{[tuple(v.shape) for v in xs[-self.k :]]} and {tuple(fx.shape)}; "
-                    "start a new list where the shape changes"
-                )
+        if any(each.shape != fx.shape for each in xs):
+            raise ValueError(
+                f"the activations in xs and fx must have the same shape, got {[tuple(each.shape) for each in xs]} "
+                f"and {tuple(fx.shape)}; start a new list where the shape changes"
+            )
         if not -x.ndim <= self.channel_dim < x.ndim or x.shape[self.channel_dim] != self.dim:
             raise ValueError(f"xs must have dim={self.dim} at channel_dim={self.channel_dim}, got {tuple(x.shape)}")
         if self.w is None:

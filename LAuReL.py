@@ -2,8 +2,8 @@
 
     x_{i+1} = α · f(x_i) + β · x_i                                        §2.1; per dimension: §2.4
 
-from Menghani, Kumar, Kumar, "LAuReL: Learned Augmented Residual Layer", ICML 2025 (arXiv 2411.07501).
-This file needs torch alone: copy it into your project and replace one line.
+An unofficial implementation (MIT licence) of Menghani, Kumar, Kumar, "LAuReL: Learned Augmented Residual Layer",
+ICML 2025 (arXiv 2411.07501). This file needs torch alone: copy it into your project and replace one line.
 
     x = x + self.f(x)                   # before
     x = self.residual(x, self.f(x))     # after, with self.residual = LAuReL()
@@ -34,6 +34,7 @@ class LAuReL(nn.Module):
 
     The paper leaves open where α and β start. With ``scale=2`` both start at 1: the block is the plain residual to
     the last bit. ``scale=1`` is the bare softmax or sigmoid, which halves the stream at every layer at the start.
+    Weight decay is left open too: keep it off ``w``, which it draws to scale / 2, or to 0 for ``bound="none"``.
 
     Args:
         dim: D, the size of the channel dimension: α and β are vectors of length D (§2.4). ``None``: scalars.

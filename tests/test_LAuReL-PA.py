@@ -1,10 +1,12 @@
 import importlib
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from block_properties import BlockProperties, D, bounded, randomize
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 LAuReL_PA = importlib.import_module("LAuReL-PA").LAuReL_PA
@@ -131,12 +133,28 @@ def test_xavier_fills_its_range(shared):
     assert (LAuReL_PA(512, 3, None).gamma == 0).all()
 
 
+@pytest.mark.parametrize("rank", [None, R])
+def test_a_checkpointed_stack_has_the_gradients_of_a_plain_one(rank):
+    """With a tuple for the list, as the docstring says: a list has grown when the backward pass calls again."""
+    stack = [randomize(LAuReL_PA(D, rank=rank)) for _ in range(K + 3)]
+    grads = []
+    for call in (lambda block, xs, fx: block(xs, fx), partial(checkpoint, use_reentrant=False)):
+        x = torch.linspace(-1, 1, 4 * D).view(4, D).requires_grad_()
+        xs = [x]
+        for block in stack:
+            xs.append(call(block, tuple(xs), torch.tanh(xs[-1])))
+        params = [p for block in stack for p in block.parameters()]
+        grads.append(torch.autograd.grad(xs[-1].sum(), [x, *params], allow_unused=True))
+    for a, b in zip(*grads):
+        torch.testing.assert_close(a, b)
+
+
 def test_refuses_a_history_that_does_not_fit():
     block = LAuReL_PA(D, rank=R)
     x = torch.zeros(4, D)
-    with pytest.raises(ValueError, match=r"xs.*at least one.*\[\]"):
+    with pytest.raises(ValueError, match=r"xs.*at least one.*none"):
         block([], x)
-    with pytest.raises(ValueError, match=r"xs.*list.*tensor of shape \(4, 6\)"):
+    with pytest.raises(ValueError, match=r"xs.*list.*Tensor"):
         block(x, x)
     with pytest.raises(ValueError, match=r"same shape.*\(2, 6\).*\(4, 6\).*new list"):
         block([torch.zeros(2, D), x], x)
