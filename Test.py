@@ -427,8 +427,8 @@ def draw(out: Path, config: dict, runs: list[dict]) -> None:
             for j, learned in enumerate(learned for learned in seeds[0] if learned.startswith(key)):
                 gap = {layer: float("nan") for layer in layers}
                 means = [statistics.mean((gap | seed[learned])[layer] for seed in seeds) for layer in layers]
-                line = ("-", "--", ":", "-.")[j % 4]
-                panel.plot(layers, means, linestyle=line, label=f"{name} {learned}", **style[name])
+                look = style[name] | ({"marker": f"${j}$", "markersize": 9} if key == "gamma" else {})
+                panel.plot(layers, means, linestyle=("-", "--", ":", "-.")[j % 4], label=f"{name} {learned}", **look)
         panel.set(xlabel="layer (stage.layer)", ylabel=symbol)
         panel.grid(alpha=0.3)
         if panel.lines:
