@@ -72,8 +72,14 @@ def test_norm_is_applied_to_the_low_rank_path_alone(channel_dim):
     torch.testing.assert_close(block(x, fx), x + fx + norm(low_rank))
 
 
-def test_norm_in_float32_leaves_a_bfloat16_stream_bfloat16():
-    block = randomize(LAuReL_LR(D, rank=R, norm=nn.RMSNorm(D)))
+class Float32Norm(nn.Module):
+    def forward(self, x):
+        return nn.functional.rms_norm(x.float(), x.shape[-1:])
+
+
+@pytest.mark.parametrize("residual_weights", [False, True])
+def test_norm_in_float32_leaves_a_bfloat16_stream_bfloat16(residual_weights):
+    block = randomize(LAuReL_LR(D, rank=R, norm=Float32Norm(), residual_weights=residual_weights))
     x = torch.randn(4, D, dtype=torch.bfloat16)
     assert block(x, x).dtype == torch.bfloat16
 

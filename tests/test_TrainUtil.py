@@ -197,6 +197,8 @@ def test_downloads_the_archive_and_keeps_what_it_held(folder, small, archive, mo
 
 @pytest.mark.parametrize("fault", ["refused", "missing", "failing", "cut short", "another file", "stalled", "slow"])
 def test_a_server_that_fails_is_passed_over(fault, folder, small, archive, monkeypatch, capsys):
+    trickled = []
+
     def stall(handler):
         respond_with(archive[:100], length=len(archive))(handler)
         time.sleep(2)
@@ -206,6 +208,7 @@ def test_a_server_that_fails_is_passed_over(fault, folder, small, archive, monke
         for i in range(0, len(archive), 1000):
             handler.wfile.write(archive[i : i + 1000])
             time.sleep(0.05)
+        trickled.append(True)
 
     monkeypatch.setattr(TrainUtil, "TIMEOUT", 0.5)
     respond = {
@@ -224,6 +227,7 @@ def test_a_server_that_fails_is_passed_over(fault, folder, small, archive, monke
         out = capsys.readouterr().out
         assert f"not from {bad}" in out
         assert f"CIFAR-10 from {good}" in out
+    assert not trickled  # given up before the end
     assert_left_whole(folder, small)
 
 
@@ -480,6 +484,15 @@ def test_training_reports_what_it_did(made_up):
     assert result["test_accuracy"] == result["history"][-1]["test_accuracy"]
     assert result["train_seconds"] == pytest.approx(sum(entry["seconds"] for entry in result["history"]))
     assert result["images_per_second"] == pytest.approx(400 / result["train_seconds"])
+
+
+def test_warming_up_leaves_the_model_as_it_was(made_up):
+    model = network()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert TrainUtil.warm_up(model, model, made_up.limit(100), Recipe(batch_size=100), "float32") > 0
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert all(p.grad is None for p in model.parameters())
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler on the CPU")
