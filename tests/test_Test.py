@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -275,12 +276,17 @@ def test_no_data_ends_with_what_was_tried(tmp_path, monkeypatch, capsys):
 def test_interrupting_keeps_what_has_finished(tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, str(ROOT / "Test.py"), *SYNTHETIC, "--seeds", "500", "--out", str(out)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8")
-    deadline = time.monotonic() + 120
-    while not (out / "results.json").exists() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    stdout, stderr = process.communicate(timeout=60)
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background job starts by ignoring it
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "encoding": "utf-8"}
+    process = subprocess.Popen(command, preexec_fn=heed, **pipes)
+    try:
+        deadline = time.monotonic() + 120
+        while not (out / "results.json").exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130, stderr
     runs = json.loads((out / "results.json").read_text())["runs"]
     assert runs[0]["model"] == "residual"
