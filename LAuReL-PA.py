@@ -30,7 +30,7 @@ class LAuReL_PA(nn.Module):
 
     The sum runs over j = 0 … k−1, so x_i itself is in it. The block keeps nothing between calls: the caller owns the
     list of activations, and the block looks at its last k, or at as many as there are. Start a new list where the
-    shape changes (a down-sampling stage); the paper leaves open how PA crosses one. Two cases need a slice:
+    shape changes (a down-sampling stage); the paper leaves open how PA crosses one. Two cases need a copy:
 
     - ``checkpoint(residual, tuple(xs), fx, use_reentrant=False)``: activation checkpointing calls the block again
       when a list that it was given has grown, and would compute other values, and gradients, without an error.
