@@ -14,8 +14,10 @@ ICML 2025 (arXiv 2411.07501). This file needs torch alone: copy it into your pro
                                                      # self.residual = LAuReL_PA(D), or LAuReL_PA(D, channel_dim=1)
 """
 
+import functools
 import math
 from collections.abc import Sequence
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +25,58 @@ from torch import Tensor, nn
 
 BOUNDS = ("softmax", "sigmoid", "single", "none")
 INITS = ("xavier", "orthogonal")
+
+
+class WeightedSum(torch.autograd.Function):
+    """w_0 t_0 + w_1 t_1 + …, called as (w_0, t_0, w_1, t_1, …); any weight but the first may be None for 1.
+
+    Takes fewer passes over memory than autograd's own form: a product is added as it is made, and the gradient of a
+    scalar weight is one dot product.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args: Tensor | None) -> Tensor:
+        weights, terms = args[::2], args[1::2]
+        dtype = functools.reduce(torch.promote_types, (term.dtype for term in terms))
+        y = weights[0] * terms[0].to(dtype)
+        for weight, term in zip(weights[1:], terms[1:]):
+            y = y.add_(term) if weight is None else y.addcmul_(weight, term)
+        return y
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[Tensor | None, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def jvp(ctx, *tangents: Tensor | None) -> Tensor:
+        by_term = [t if w is None else w * t for w, t in zip(ctx.saved_tensors[::2], tangents[1::2]) if t is not None]
+        by_weight = [w * t for w, t in zip(tangents[::2], ctx.saved_tensors[1::2]) if w is not None]
+        return sum(by_term + by_weight)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        order = sorted(range(grad.ndim), key=grad.stride, reverse=True)  # that of memory: flatten copies nothing
+        flat = grad.permute(order).flatten()
+        grads: list[Tensor | None] = []
+        for i, (weight, term) in enumerate(zip(saved[::2], saved[1::2])):
+            by_weight, by_term = ctx.needs_input_grad[2 * i : 2 * i + 2]
+            if not by_weight:
+                grads.append(None)
+            elif weight.ndim == 0:
+                grads.append(torch.dot(flat, term.to(grad.dtype).permute(order).flatten()))
+            else:
+                grads.append((grad * term).sum_to_size(weight.shape))
+            grads.append((grad if weight is None else weight * grad) if by_term else None)
+        return tuple(grads)
+
+
+def weighted_sum(*args: Tensor | None) -> Tensor:
+    # A compiler fuses the passes by itself, forward and backward.
+    return (WeightedSum.forward if torch.compiler.is_compiling() else WeightedSum.apply)(*args)
 
 
 class LAuReL_PA(nn.Module):
@@ -166,44 +220,50 @@ class LAuReL_PA(nn.Module):
         """β, the weight of x_i + Σ γ_j h(x_{i-j}); None without residual weights."""
         return self.weights()[1]
 
-    def low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        """B A x, in the shape of x."""
-        h = x.movedim(self.channel_dim, -1)  # (…, D)
-        h = F.linear(h, A.to(x.dtype))  # (…, r)
-        h = F.linear(h, B.to(h.dtype))  # (…, D)
-        return h.movedim(-1, self.channel_dim)
+    def down(self, xs: Sequence[Tensor]) -> Tensor:
+        """γ_j A_j x_{i-j} for xs = x_i, x_{i-1}, …: the sum, (…, r), where B is shared, else side by side, (…, kr)."""
+        A = [self.A] * len(xs) if self.shared else self.A
+        us = [F.linear(x.movedim(self.channel_dim, -1), a.to(x.dtype)) for x, a in zip(xs, A)]
+        us = [gamma * u for gamma, u in zip(self.gamma, us)]
+        return sum(us[1:], start=us[0]) if self.shared else torch.cat(us, dim=-1)
 
-    def previous(self, xs: Sequence[Tensor]) -> Tensor:
-        """Σ_j γ_j h(x_{i-j}) over xs = […, x_{i-1}, x_i], in the shape of x_i."""
-        terms = [gamma * x for gamma, x in zip(self.gamma, reversed(xs))]  # γ_0 x_i, γ_1 x_{i-1}, …
-        if self.rank is not None and not self.shared:
-            terms = [self.low_rank(term, A, B) for term, A, B in zip(terms, self.A, self.B)]
-        total = sum(terms[1:], start=terms[0])
-        if self.rank is not None and self.shared:
-            # h is linear: Σ γ_j h(x_{i-j}) = h(Σ γ_j x_{i-j}), one low-rank product in place of k
-            total = self.low_rank(total, self.A, self.B)
-        return total
+    def add(self, y: Tensor, B: Tensor, u: Tensor) -> Tensor:
+        """y + B u, for y with D at channel_dim and u of shape (…, r)."""
+        B = B.to(u.dtype)
+        # In one pass over y where that is possible; under autocast u may be of a lower dtype than y.
+        if self.channel_dim in (-1, y.ndim - 1) and u.dtype == y.dtype:
+            return torch.addmm(y.reshape(-1, self.dim), u.reshape(-1, u.shape[-1]), B.T).view(y.shape)
+        return y + F.linear(u, B).movedim(-1, self.channel_dim).to(y.dtype)
 
     def forward(self, xs: Sequence[Tensor], fx: Tensor) -> Tensor:
         if not isinstance(xs, (list, tuple)) or len(xs) == 0:
             got = "none" if isinstance(xs, (list, tuple)) else f"a {type(xs).__name__}"
             raise ValueError(f"xs must be a list or tuple of at least one activation, got {got}")
-        xs = xs[-self.k :]
-        x = xs[-1]
+        xs = xs[-self.k :][::-1]  # x_i, x_{i-1}, …
+        x = xs[0]
         if any(each.shape != fx.shape for each in xs):
+            shapes = [tuple(each.shape) for each in reversed(xs)]
             raise ValueError(
-                f"the activations in xs and fx must have the same shape, got {[tuple(each.shape) for each in xs]} "
-                f"and {tuple(fx.shape)}; start a new list where the shape changes"
+                f"the activations in xs and fx must have the same shape, got {shapes} and {tuple(fx.shape)}; "
+                "start a new list where the shape changes"
             )
         if not -x.ndim <= self.channel_dim < x.ndim or x.shape[self.channel_dim] != self.dim:
             raise ValueError(f"xs must have dim={self.dim} at channel_dim={self.channel_dim}, got {tuple(x.shape)}")
+        alpha, beta = self.weights()
+        if self.rank is None:
+            # x_i + Σ γ_j x_{i-j} = (1 + γ_0) x_i + γ_1 x_{i-1} + …
+            weights = [1 + self.gamma[0], *self.gamma[1 : len(xs)]]
+            if beta is not None:
+                weights = [beta * weight for weight in weights]
+            y = weighted_sum(*chain(*zip(weights, xs)), alpha, fx)
+            # An earlier activation may be float32 where x_i and f(x_i) are bfloat16.
+            return y.to(torch.promote_types(x.dtype, fx.dtype))
+        # γ is multiplied into the r components of A x, and β into B: no weighted activation is kept for the backward.
+        u = self.down(xs)
+        B = self.B if self.shared else self.B[: len(xs)].movedim(0, 1).flatten(1)  # (D, r) or (D, kr)
         if self.w is None:
-            y = x + fx + self.previous(xs)
-        else:
-            alpha, beta = self.weights()
-            y = alpha * fx + beta * (x + self.previous(xs))
-        # An earlier activation may be float32 where x_i and f(x_i) are bfloat16.
-        return y.to(torch.promote_types(x.dtype, fx.dtype))
+            return self.add(x + fx, B, u)
+        return self.add(weighted_sum(alpha, fx, beta, x), beta * B, u)
 
     def extra_repr(self) -> str:
         text = f"dim={self.dim}, k={self.k}, rank={self.rank}"

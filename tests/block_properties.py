@@ -296,6 +296,23 @@ class BlockProperties:
             for name in params:
                 torch.testing.assert_close(by_vmap[name][i], one[name])
 
+    def test_has_forward_mode_derivatives(self, variant):
+        """Forward over reverse gives the second derivatives that reverse over reverse gives."""
+        block = randomize(self.make(self.variants[variant][0])).double()
+        params = {name: p.detach() for name, p in block.named_parameters()}
+        xs, fx = self.inputs((2, D), torch.float64)
+
+        def loss(params, fx):
+            older = [x * fx.sum() for x in xs]
+            y = torch.func.functional_call(block, params, (older if self.takes_history else older[-1], fx))
+            return y.square().sum()
+
+        for argnum in (0, 1):
+            forward = torch.func.hessian(loss, argnum)(params, fx)
+            reverse = torch.func.jacrev(torch.func.jacrev(loss, argnum), argnum)(params, fx)
+            for a, b in zip(torch.utils._pytree.tree_leaves(forward), torch.utils._pytree.tree_leaves(reverse)):
+                torch.testing.assert_close(a, b)
+
     def test_trains_under_distributed_data_parallel(self, first_variant, tmp_path):
         """Two processes with half of the batch each have the gradients of one with all of it."""
         chain = self.chain(first_variant)

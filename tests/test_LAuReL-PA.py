@@ -1,4 +1,5 @@
 import importlib
+import itertools
 from functools import partial
 
 import numpy as np
@@ -88,15 +89,13 @@ def test_looks_at_the_last_k_alone():
     assert torch.equal(block(xs, torch.zeros(4, D)), block(xs[-2:], torch.zeros(4, D)))
 
 
-def test_shared_low_rank_costs_one_product():
-    """h is linear, so k activations cost no more floating-point operations of products than one."""
+def test_floating_point_operations_grow_by_one_narrow_product_an_activation():
+    """2rD operations a position for A and each activation, and for each B: k + 1 times where B is shared, else 2k."""
     x = torch.randn(8, D)
-    flops = []
-    for k in (1, 4):
+    for k, shared in itertools.product((1, 4), (True, False)):
         with FlopCounterMode(display=False) as counter:
-            LAuReL_PA(D, k=k, rank=R)([x] * 4, x)
-        flops.append(counter.get_total_flops())
-    assert flops[0] == flops[1] == 2 * 2 * 8 * R * D
+            LAuReL_PA(D, k=k, rank=R, shared=shared)([x] * 4, x)
+        assert counter.get_total_flops() == 2 * 8 * R * D * (k + 1 if shared else 2 * k)
 
 
 def test_later_layers_do_not_change_earlier_activations():
