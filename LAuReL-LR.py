@@ -24,16 +24,16 @@ INITS = ("xavier", "orthogonal")
 
 
 class WeightedSum(torch.autograd.Function):
-    """w_0 t_0 + w_1 t_1 + …, called as (w_0, t_0, w_1, t_1, …); any weight but the first may be None for 1.
+    """w_0 t_0 + w_1 t_1 + …, called as (recompute, w_0, t_0, w_1, t_1, …); any weight but w_0 may be None for 1.
 
     Takes fewer passes over memory than autograd's own form: a product is added as it is made, and the gradient of a
-    scalar weight is one dot product.
+    scalar weight is one dot product. With `recompute` the sum is kept for the backward pass in place of t_0.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(*args: Tensor | None) -> Tensor:
+    def forward(recompute: bool, *args: Tensor | None) -> Tensor:
         weights, terms = args[::2], args[1::2]
         dtype = functools.reduce(torch.promote_types, (term.dtype for term in terms))
         y = weights[0] * terms[0].to(dtype)
@@ -42,37 +42,51 @@ class WeightedSum(torch.autograd.Function):
         return y
 
     @staticmethod
-    def setup_context(ctx, inputs: tuple[Tensor | None, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
+    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+        ctx.recompute, *args = inputs
+        ctx.save_for_forward(*args)
+        kept = [None if weight is None else term for weight, term in zip(args[::2], args[1::2])]
+        kept[0] = output if ctx.recompute else kept[0]
+        ctx.save_for_backward(*args[::2], *kept)
 
     @staticmethod
-    def jvp(ctx, *tangents: Tensor | None) -> Tensor:
+    def jvp(ctx, _, *tangents: Tensor | None) -> Tensor:
         by_term = [t if w is None else w * t for w, t in zip(ctx.saved_tensors[::2], tangents[1::2]) if t is not None]
         by_weight = [w * t for w, t in zip(tangents[::2], ctx.saved_tensors[1::2]) if w is not None]
         return sum(by_term + by_weight)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
+        saved = list(ctx.saved_tensors)
+        weights, terms = saved[: len(saved) // 2], saved[len(saved) // 2 :]
+        if ctx.recompute:
+            rest = sum(weight * term for weight, term in zip(weights[1:], terms[1:]))
+            terms[0] = (terms[0] - rest) / weights[0]
         order = sorted(range(grad.ndim), key=grad.stride, reverse=True)  # that of memory: flatten copies nothing
         flat = grad.permute(order).flatten()
-        grads: list[Tensor | None] = []
-        for i, (weight, term) in enumerate(zip(saved[::2], saved[1::2])):
-            by_weight, by_term = ctx.needs_input_grad[2 * i : 2 * i + 2]
-            if not by_weight:
-                grads.append(None)
+        grads: list[Tensor | None] = [None]
+        for weight, term in zip(weights, terms):
+            if weight is None:
+                grads += [None, grad]
             elif weight.ndim == 0:
-                grads.append(torch.dot(flat, term.to(grad.dtype).permute(order).flatten()))
+                grads += [torch.dot(flat, term.to(grad.dtype).permute(order).flatten()), weight * grad]
             else:
-                grads.append((grad * term).sum_to_size(weight.shape))
-            grads.append((grad if weight is None else weight * grad) if by_term else None)
+                grads += [(grad * term).sum_to_size(weight.shape), weight * grad]
         return tuple(grads)
 
 
-def weighted_sum(*args: Tensor | None) -> Tensor:
+def weighted_sum(*args: Tensor | None, recompute: bool = False) -> Tensor:
     # A compiler fuses the passes by itself, forward and backward.
-    return (WeightedSum.forward if torch.compiler.is_compiling() else WeightedSum.apply)(*args)
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return WeightedSum.forward(False, *args)
+    return WeightedSum.apply(recompute, *args)
+
+
+def recoverable(alpha: Tensor, beta: Tensor, dtype: torch.dtype) -> bool:
+    """Whether f(x) can be had back from α f(x) + β x without a loss to rounding."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or dtype not in (torch.float32, torch.float64):
+        return False
+    return bool((8 * alpha.abs() >= beta.abs()).all())
 
 
 class LAuReL_LR(nn.Module):
@@ -98,6 +112,11 @@ class LAuReL_LR(nn.Module):
             scale / 2, and ``"none"`` at 1. The paper leaves the start open; ``scale=2`` is the plain residual.
         scale: the factor above. Without effect for ``bound="none"``, as both are without ``residual_weights``.
         channel_dim: where D stands: -1 for (…, D), 1 for (N, D, H, W).
+        recompute: with α and β, keep the output for the backward pass, which has f(x) back from it, in place of
+            f(x). Saves memory where the next layer keeps its input anyway, as in a pre-norm model; the output must
+            not be changed in place then. f(x) is kept all the same where rounding would harm it: in half precision,
+            and where |α| < |β| / 8, which is looked up at each call, for which a GPU has to be waited for. Without
+            effect with a ``norm``.
 
     Shape:
         - x, f(x): the same shape, any number of dimensions, with size D at ``channel_dim``.
@@ -128,6 +147,7 @@ class LAuReL_LR(nn.Module):
         bound: str = "softmax",
         scale: float = 2.0,
         channel_dim: int = -1,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         if dim < 1:
@@ -141,7 +161,7 @@ class LAuReL_LR(nn.Module):
         if not 0 < scale < math.inf:
             raise ValueError(f"scale must be positive and finite, got {scale}")
         self.dim, self.rank, self.residual_weights, self.init = dim, rank, residual_weights, init
-        self.bound, self.scale, self.channel_dim = bound, scale, channel_dim
+        self.bound, self.scale, self.channel_dim, self.recompute = bound, scale, channel_dim, recompute
         self.A = nn.Parameter(torch.empty(rank, dim))
         self.B = nn.Parameter(torch.empty(dim, rank))
         self.w = nn.Parameter(torch.empty(1 if bound == "single" else 2)) if residual_weights else None
@@ -200,20 +220,23 @@ class LAuReL_LR(nn.Module):
         if not -x.ndim <= self.channel_dim < x.ndim or x.shape[self.channel_dim] != self.dim:
             raise ValueError(f"x must have dim={self.dim} at channel_dim={self.channel_dim}, got {tuple(x.shape)}")
         alpha, beta = self.weights()
+        dtype = torch.promote_types(x.dtype, fx.dtype)
         u = F.linear(x.movedim(self.channel_dim, -1), self.A.to(x.dtype))  # A x, (…, r)
         if self.norm is not None:
             h = self.norm(F.linear(u, self.B.to(u.dtype)).movedim(-1, self.channel_dim))
             # A norm may return float32 where x and fx are bfloat16.
-            y = x + fx + h if self.w is None else weighted_sum(alpha, fx, beta, x + h)
-            return y.to(torch.promote_types(x.dtype, fx.dtype))
+            return (x + fx + h if self.w is None else weighted_sum(alpha, fx, beta, x + h)).to(dtype)
         if self.w is None:
             return self.add(x + fx, self.B, u)
         # β is multiplied into B, which is smaller than x + B A x and need not be kept for the backward pass.
+        if self.recompute and recoverable(alpha, beta, dtype):
+            return weighted_sum(alpha, self.add(fx.to(dtype), beta / alpha * self.B, u), beta, x, recompute=True)
         return self.add(weighted_sum(alpha, fx, beta, x), beta * self.B, u)
 
     def extra_repr(self) -> str:
         text = f"dim={self.dim}, rank={self.rank}, init={self.init!r}, channel_dim={self.channel_dim}"
-        return text + (f", bound={self.bound!r}, scale={self.scale}" if self.residual_weights else "")
+        text += f", bound={self.bound!r}, scale={self.scale}" if self.residual_weights else ""
+        return text + (", recompute=True" if self.recompute else "")
 
 
 if __name__ == "__main__":

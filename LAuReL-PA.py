@@ -28,16 +28,16 @@ INITS = ("xavier", "orthogonal")
 
 
 class WeightedSum(torch.autograd.Function):
-    """w_0 t_0 + w_1 t_1 + …, called as (w_0, t_0, w_1, t_1, …); any weight but the first may be None for 1.
+    """w_0 t_0 + w_1 t_1 + …, called as (recompute, w_0, t_0, w_1, t_1, …); any weight but w_0 may be None for 1.
 
     Takes fewer passes over memory than autograd's own form: a product is added as it is made, and the gradient of a
-    scalar weight is one dot product.
+    scalar weight is one dot product. With `recompute` the sum is kept for the backward pass in place of t_0.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(*args: Tensor | None) -> Tensor:
+    def forward(recompute: bool, *args: Tensor | None) -> Tensor:
         weights, terms = args[::2], args[1::2]
         dtype = functools.reduce(torch.promote_types, (term.dtype for term in terms))
         y = weights[0] * terms[0].to(dtype)
@@ -46,37 +46,51 @@ class WeightedSum(torch.autograd.Function):
         return y
 
     @staticmethod
-    def setup_context(ctx, inputs: tuple[Tensor | None, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
+    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+        ctx.recompute, *args = inputs
+        ctx.save_for_forward(*args)
+        kept = [None if weight is None else term for weight, term in zip(args[::2], args[1::2])]
+        kept[0] = output if ctx.recompute else kept[0]
+        ctx.save_for_backward(*args[::2], *kept)
 
     @staticmethod
-    def jvp(ctx, *tangents: Tensor | None) -> Tensor:
+    def jvp(ctx, _, *tangents: Tensor | None) -> Tensor:
         by_term = [t if w is None else w * t for w, t in zip(ctx.saved_tensors[::2], tangents[1::2]) if t is not None]
         by_weight = [w * t for w, t in zip(tangents[::2], ctx.saved_tensors[1::2]) if w is not None]
         return sum(by_term + by_weight)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
+        saved = list(ctx.saved_tensors)
+        weights, terms = saved[: len(saved) // 2], saved[len(saved) // 2 :]
+        if ctx.recompute:
+            rest = sum(weight * term for weight, term in zip(weights[1:], terms[1:]))
+            terms[0] = (terms[0] - rest) / weights[0]
         order = sorted(range(grad.ndim), key=grad.stride, reverse=True)  # that of memory: flatten copies nothing
         flat = grad.permute(order).flatten()
-        grads: list[Tensor | None] = []
-        for i, (weight, term) in enumerate(zip(saved[::2], saved[1::2])):
-            by_weight, by_term = ctx.needs_input_grad[2 * i : 2 * i + 2]
-            if not by_weight:
-                grads.append(None)
+        grads: list[Tensor | None] = [None]
+        for weight, term in zip(weights, terms):
+            if weight is None:
+                grads += [None, grad]
             elif weight.ndim == 0:
-                grads.append(torch.dot(flat, term.to(grad.dtype).permute(order).flatten()))
+                grads += [torch.dot(flat, term.to(grad.dtype).permute(order).flatten()), weight * grad]
             else:
-                grads.append((grad * term).sum_to_size(weight.shape))
-            grads.append((grad if weight is None else weight * grad) if by_term else None)
+                grads += [(grad * term).sum_to_size(weight.shape), weight * grad]
         return tuple(grads)
 
 
-def weighted_sum(*args: Tensor | None) -> Tensor:
+def weighted_sum(*args: Tensor | None, recompute: bool = False) -> Tensor:
     # A compiler fuses the passes by itself, forward and backward.
-    return (WeightedSum.forward if torch.compiler.is_compiling() else WeightedSum.apply)(*args)
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return WeightedSum.forward(False, *args)
+    return WeightedSum.apply(recompute, *args)
+
+
+def recoverable(alpha: Tensor, beta: Tensor, dtype: torch.dtype) -> bool:
+    """Whether f(x) can be had back from α f(x) + β x without a loss to rounding."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or dtype not in (torch.float32, torch.float64):
+        return False
+    return bool((8 * alpha.abs() >= beta.abs()).all())
 
 
 class LAuReL_PA(nn.Module):
@@ -120,6 +134,10 @@ class LAuReL_PA(nn.Module):
             scale / 2, and ``"none"`` at 1. The paper leaves the start open; ``scale=2`` is the plain residual.
         scale: the factor above. Without effect for ``bound="none"``, as both are without ``residual_weights``.
         channel_dim: where D stands: -1 for (…, D), 1 for (N, D, H, W).
+        recompute: with α and β, keep the output for the backward pass, which has f(x) back from it, in place of
+            f(x). Saves memory where the next layer keeps its input anyway, as in a pre-norm model; the output must
+            not be changed in place then. f(x) is kept all the same where rounding would harm it: in half precision,
+            and where |α| < |β| / 8, which is looked up at each call, for which a GPU has to be waited for.
 
     Shape:
         - xs: a list or tuple of activations x_0, …, x_i, oldest first, not empty. The last k and f(x_i) have the same
@@ -156,6 +174,7 @@ class LAuReL_PA(nn.Module):
         bound: str = "softmax",
         scale: float = 2.0,
         channel_dim: int = -1,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         if dim < 1:
@@ -171,7 +190,7 @@ class LAuReL_PA(nn.Module):
         if not 0 < scale < math.inf:
             raise ValueError(f"scale must be positive and finite, got {scale}")
         self.dim, self.k, self.rank, self.shared, self.residual_weights = dim, k, rank, shared, residual_weights
-        self.init, self.bound, self.scale, self.channel_dim = init, bound, scale, channel_dim
+        self.init, self.bound, self.scale, self.channel_dim, self.recompute = init, bound, scale, channel_dim, recompute
         self.gamma = nn.Parameter(torch.empty(k))
         pairs = () if shared else (k,)
         self.A = None if rank is None else nn.Parameter(torch.empty(*pairs, rank, dim))
@@ -220,13 +239,6 @@ class LAuReL_PA(nn.Module):
         """β, the weight of x_i + Σ γ_j h(x_{i-j}); None without residual weights."""
         return self.weights()[1]
 
-    def down(self, xs: Sequence[Tensor]) -> Tensor:
-        """γ_j A_j x_{i-j} for xs = x_i, x_{i-1}, …: the sum, (…, r), where B is shared, else side by side, (…, kr)."""
-        A = [self.A] * len(xs) if self.shared else self.A
-        us = [F.linear(x.movedim(self.channel_dim, -1), a.to(x.dtype)) for x, a in zip(xs, A)]
-        us = [gamma * u for gamma, u in zip(self.gamma, us)]
-        return sum(us[1:], start=us[0]) if self.shared else torch.cat(us, dim=-1)
-
     def add(self, y: Tensor, B: Tensor, u: Tensor) -> Tensor:
         """y + B u, for y with D at channel_dim and u of shape (…, r)."""
         B = B.to(u.dtype)
@@ -250,20 +262,34 @@ class LAuReL_PA(nn.Module):
         if not -x.ndim <= self.channel_dim < x.ndim or x.shape[self.channel_dim] != self.dim:
             raise ValueError(f"xs must have dim={self.dim} at channel_dim={self.channel_dim}, got {tuple(x.shape)}")
         alpha, beta = self.weights()
+        dtype = torch.promote_types(x.dtype, fx.dtype)
+        gamma = self.gamma[: len(xs)]
+        recompute = self.w is not None and self.recompute
+        recompute = recompute and recoverable(alpha, beta * (1 + gamma.abs().sum()), dtype)
         if self.rank is None:
-            # x_i + Σ γ_j x_{i-j} = (1 + γ_0) x_i + γ_1 x_{i-1} + …
-            weights = [1 + self.gamma[0], *self.gamma[1 : len(xs)]]
-            if beta is not None:
+            weights = [1 + gamma[0], *gamma[1:]]  # x_i + Σ γ_j x_{i-j} = (1 + γ_0) x_i + γ_1 x_{i-1} + …
+            if self.w is None:
+                y = weighted_sum(*chain(*zip(weights, xs)), None, fx)
+            else:
                 weights = [beta * weight for weight in weights]
-            y = weighted_sum(*chain(*zip(weights, xs)), alpha, fx)
-            # An earlier activation may be float32 where x_i and f(x_i) are bfloat16.
-            return y.to(torch.promote_types(x.dtype, fx.dtype))
-        # γ is multiplied into the r components of A x, and β into B: no weighted activation is kept for the backward.
-        u = self.down(xs)
-        B = self.B if self.shared else self.B[: len(xs)].movedim(0, 1).flatten(1)  # (D, r) or (D, kr)
+                y = weighted_sum(alpha, fx, *chain(*zip(weights, xs)), recompute=recompute)
+            return y.to(dtype)  # an earlier activation may be float32 where x_i and f(x_i) are bfloat16
+
+        # γ and β are multiplied into what is small, A x and B: no weighted activation is kept for the backward pass.
+        A = [self.A] * len(xs) if self.shared else self.A
+        us = [F.linear(each.movedim(self.channel_dim, -1), a.to(each.dtype)) for each, a in zip(xs, A)]  # (…, r) each
+        scale = 1 if self.w is None else beta / alpha if recompute else beta
+        if self.shared:
+            u = sum(weight * each for weight, each in zip(gamma, us))  # (…, r)
+            B = scale * self.B
+        else:
+            u = torch.cat(us, dim=-1)  # (…, kr)
+            B = ((scale * gamma)[:, None, None] * self.B[: len(xs)]).movedim(0, 1).flatten(1)  # (D, kr)
         if self.w is None:
             return self.add(x + fx, B, u)
-        return self.add(weighted_sum(alpha, fx, beta, x), beta * B, u)
+        if recompute:
+            return weighted_sum(alpha, self.add(fx.to(dtype), B, u), beta, x, recompute=True)
+        return self.add(weighted_sum(alpha, fx, beta, x), B, u)
 
     def extra_repr(self) -> str:
         text = f"dim={self.dim}, k={self.k}, rank={self.rank}"
@@ -271,7 +297,7 @@ class LAuReL_PA(nn.Module):
             text += f", shared={self.shared}, init={self.init!r}"
         if self.residual_weights:
             text += f", bound={self.bound!r}, scale={self.scale}"
-        return f"{text}, channel_dim={self.channel_dim}"
+        return f"{text}, channel_dim={self.channel_dim}" + (", recompute=True" if self.recompute else "")
 
 
 if __name__ == "__main__":

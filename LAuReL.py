@@ -19,16 +19,16 @@ BOUNDS = ("softmax", "sigmoid", "single", "none")
 
 
 class WeightedSum(torch.autograd.Function):
-    """w_0 t_0 + w_1 t_1 + …, called as (w_0, t_0, w_1, t_1, …); any weight but the first may be None for 1.
+    """w_0 t_0 + w_1 t_1 + …, called as (recompute, w_0, t_0, w_1, t_1, …); any weight but w_0 may be None for 1.
 
     Takes fewer passes over memory than autograd's own form: a product is added as it is made, and the gradient of a
-    scalar weight is one dot product.
+    scalar weight is one dot product. With `recompute` the sum is kept for the backward pass in place of t_0.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(*args: Tensor | None) -> Tensor:
+    def forward(recompute: bool, *args: Tensor | None) -> Tensor:
         weights, terms = args[::2], args[1::2]
         dtype = functools.reduce(torch.promote_types, (term.dtype for term in terms))
         y = weights[0] * terms[0].to(dtype)
@@ -37,37 +37,51 @@ class WeightedSum(torch.autograd.Function):
         return y
 
     @staticmethod
-    def setup_context(ctx, inputs: tuple[Tensor | None, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
+    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+        ctx.recompute, *args = inputs
+        ctx.save_for_forward(*args)
+        kept = [None if weight is None else term for weight, term in zip(args[::2], args[1::2])]
+        kept[0] = output if ctx.recompute else kept[0]
+        ctx.save_for_backward(*args[::2], *kept)
 
     @staticmethod
-    def jvp(ctx, *tangents: Tensor | None) -> Tensor:
+    def jvp(ctx, _, *tangents: Tensor | None) -> Tensor:
         by_term = [t if w is None else w * t for w, t in zip(ctx.saved_tensors[::2], tangents[1::2]) if t is not None]
         by_weight = [w * t for w, t in zip(tangents[::2], ctx.saved_tensors[1::2]) if w is not None]
         return sum(by_term + by_weight)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
+        saved = list(ctx.saved_tensors)
+        weights, terms = saved[: len(saved) // 2], saved[len(saved) // 2 :]
+        if ctx.recompute:
+            rest = sum(weight * term for weight, term in zip(weights[1:], terms[1:]))
+            terms[0] = (terms[0] - rest) / weights[0]
         order = sorted(range(grad.ndim), key=grad.stride, reverse=True)  # that of memory: flatten copies nothing
         flat = grad.permute(order).flatten()
-        grads: list[Tensor | None] = []
-        for i, (weight, term) in enumerate(zip(saved[::2], saved[1::2])):
-            by_weight, by_term = ctx.needs_input_grad[2 * i : 2 * i + 2]
-            if not by_weight:
-                grads.append(None)
+        grads: list[Tensor | None] = [None]
+        for weight, term in zip(weights, terms):
+            if weight is None:
+                grads += [None, grad]
             elif weight.ndim == 0:
-                grads.append(torch.dot(flat, term.to(grad.dtype).permute(order).flatten()))
+                grads += [torch.dot(flat, term.to(grad.dtype).permute(order).flatten()), weight * grad]
             else:
-                grads.append((grad * term).sum_to_size(weight.shape))
-            grads.append((grad if weight is None else weight * grad) if by_term else None)
+                grads += [(grad * term).sum_to_size(weight.shape), weight * grad]
         return tuple(grads)
 
 
-def weighted_sum(*args: Tensor | None) -> Tensor:
+def weighted_sum(*args: Tensor | None, recompute: bool = False) -> Tensor:
     # A compiler fuses the passes by itself, forward and backward.
-    return (WeightedSum.forward if torch.compiler.is_compiling() else WeightedSum.apply)(*args)
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return WeightedSum.forward(False, *args)
+    return WeightedSum.apply(recompute, *args)
+
+
+def recoverable(alpha: Tensor, beta: Tensor, dtype: torch.dtype) -> bool:
+    """Whether f(x) can be had back from α f(x) + β x without a loss to rounding."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or dtype not in (torch.float32, torch.float64):
+        return False
+    return bool((8 * alpha.abs() >= beta.abs()).all())
 
 
 class LAuReL(nn.Module):
@@ -94,6 +108,10 @@ class LAuReL(nn.Module):
         bound: one of the four above.
         scale: the factor in the table above; without effect for ``bound="none"``.
         channel_dim: where D stands: -1 for (…, D), 1 for (N, D, H, W). Matters only where ``dim`` is given.
+        recompute: keep the output for the backward pass, which has f(x) back from it, in place of
+            f(x). Saves memory where the next layer keeps its input anyway, as in a pre-norm model; the output must
+            not be changed in place then. f(x) is kept all the same where rounding would harm it: in half precision,
+            and where |α| < |β| / 8, which is looked up at each call, for which a GPU has to be waited for.
 
     Shape:
         - x, f(x): the same shape, any number of dimensions, with size D at ``channel_dim`` where ``dim`` is given.
@@ -113,7 +131,13 @@ class LAuReL(nn.Module):
     """
 
     def __init__(
-        self, dim: int | None = None, *, bound: str = "softmax", scale: float = 2.0, channel_dim: int = -1
+        self,
+        dim: int | None = None,
+        *,
+        bound: str = "softmax",
+        scale: float = 2.0,
+        channel_dim: int = -1,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         if dim is not None and dim < 1:
@@ -122,7 +146,7 @@ class LAuReL(nn.Module):
             raise ValueError(f"bound must be one of {', '.join(BOUNDS)}, got {bound!r}")
         if not 0 < scale < math.inf:
             raise ValueError(f"scale must be positive and finite, got {scale}")
-        self.dim, self.bound, self.scale, self.channel_dim = dim, bound, scale, channel_dim
+        self.dim, self.bound, self.scale, self.channel_dim, self.recompute = dim, bound, scale, channel_dim, recompute
         rows = 1 if bound == "single" else 2
         self.w = nn.Parameter(torch.empty(rows) if dim is None else torch.empty(rows, dim))
         self.reset_parameters()
@@ -157,18 +181,20 @@ class LAuReL(nn.Module):
         if x.shape != fx.shape:
             raise ValueError(f"x and fx must have the same shape, got {tuple(x.shape)} and {tuple(fx.shape)}")
         alpha, beta = self.weights()
+        dtype = torch.promote_types(x.dtype, fx.dtype)
         if self.dim is not None:
             if not -x.ndim <= self.channel_dim < x.ndim or x.shape[self.channel_dim] != self.dim:
                 raise ValueError(f"x must have dim={self.dim} at channel_dim={self.channel_dim}, got {tuple(x.shape)}")
             shape = [1] * x.ndim
             shape[self.channel_dim] = self.dim
             # A float32 vector would lift a bfloat16 stream to float32, so the weights take the dtype of x + fx.
-            dtype = torch.promote_types(x.dtype, fx.dtype)
             alpha, beta = alpha.view(shape).to(dtype), beta.view(shape).to(dtype)
-        return weighted_sum(alpha, fx, beta, x)
+        recompute = self.recompute and recoverable(alpha, beta, dtype)
+        return weighted_sum(alpha, fx, beta, x, recompute=recompute)
 
     def extra_repr(self) -> str:
-        return f"dim={self.dim}, bound={self.bound!r}, scale={self.scale}, channel_dim={self.channel_dim}"
+        text = f"dim={self.dim}, bound={self.bound!r}, scale={self.scale}, channel_dim={self.channel_dim}"
+        return text + (", recompute=True" if self.recompute else "")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import rich
@@ -45,7 +46,7 @@ class Model:
 
     name: str
     base: str
-    rank: int = 16
+    rank: int | None = None  # None: what the network has by default
     k: int = 3
 
     @staticmethod
@@ -61,20 +62,34 @@ class Model:
             raise argparse.ArgumentTypeError(f"{name!r}: {base} has no rank; @RANK goes with lr and pa")
         if k and "pa" not in base:
             raise argparse.ArgumentTypeError(f"{name!r}: {base} has no k; /K goes with pa")
-        return Model(name, base, int(rank or 16), int(k or 3))
+        return Model(name, base, int(rank) if rank else None, int(k or 3))
 
-    def residual(self, dim: int, available: int) -> nn.Module:
-        """The residual connection of a layer that has `available` activations to look at."""
+    def residual(
+        self,
+        dim: int,
+        available: int,
+        *,
+        channel_dim: int,
+        rank: int = 16,
+        pa_rank: int | None = 16,
+        recompute: bool = False,
+    ) -> nn.Module:
+        """The residual connection of a layer that has `available` activations to look at.
+
+        rank and pa_rank, the latter for pa and rw+pa, are the ranks where the name gives none; None: h(x) = x.
+        """
         k = min(self.k, available)  # a γ for an activation that is never there would not be trained
+        common = {"channel_dim": channel_dim, "recompute": recompute}
+        options = {"residual_weights": self.base.startswith("rw+"), **common}
         match self.base:
             case "rw":
-                return LAuReL()
+                return LAuReL(**common)
             case "lr" | "rw+lr":
-                return LAuReL_LR(dim, self.rank, residual_weights=self.base == "rw+lr", channel_dim=1)
+                return LAuReL_LR(dim, self.rank or rank, **options)
             case "pa" | "rw+pa":
-                return LAuReL_PA(dim, k, self.rank, residual_weights=self.base == "rw+pa", channel_dim=1)
+                return LAuReL_PA(dim, k, self.rank or pa_rank, **options)
             case "rw+lr+pa":  # eq. 6: a low-rank pair for each activation
-                return LAuReL_PA(dim, k, self.rank, shared=False, residual_weights=True, channel_dim=1)
+                return LAuReL_PA(dim, k, self.rank or rank, shared=False, **options)
         return Residual()
 
 
@@ -145,7 +160,7 @@ class Stage(nn.Module):
         self.residuals = nn.ModuleList()
         for i in range(layers):
             with seeded(seed + i):
-                self.residuals.append(model.residual(width, available=i + 1))
+                self.residuals.append(model.residual(width, available=i + 1, channel_dim=1))
 
     def deepen(self, seed: int) -> None:
         with seeded(seed):
@@ -154,17 +169,61 @@ class Stage(nn.Module):
         self.residuals.append(Residual())
 
     def forward(self, x: Tensor) -> Tensor:
-        xs = [self.down(x)]  # PA's history starts anew where the shape changes
-        for f, residual in zip(self.branches, self.residuals):
-            x = xs[-1]
-            xs.append(residual(xs if isinstance(residual, LAuReL_PA) else x, f(x)))
-        return xs[-1]
+        # PA's history starts anew where the shape changes.
+        return residual_layers(self.down(x), self.branches, self.residuals)
 
 
 def branch(width: int) -> nn.Sequential:
     """f: the same for every model."""
     convolution = nn.Conv2d(width, width, kernel_size=3, padding=1, bias=False)
     return nn.Sequential(convolution, nn.BatchNorm2d(width), nn.GELU())
+
+
+class GPT(nn.Module):
+    """A pre-norm transformer (…, length) → (…, length, 256 logits), whose costs `--profile` sets beside table 5's.
+
+    Each layer has two residual connections, around f = LayerNorm, causal attention with heads of 64 channels, and
+    around f = LayerNorm, linear D → 4D, GELU, linear 4D → D. The vocabulary is that of bytes, so that embedding and
+    logits hardly add to the costs that the residual connections are compared with. `deeper` has one more layer.
+    """
+
+    vocabulary = 256
+
+    def __init__(self, model: Model, dim: int, layers: int, length: int, recompute: bool = False) -> None:
+        super().__init__()
+        layers += model.base == "deeper"
+        with seeded(0):
+            self.embedding = nn.Embedding(self.vocabulary, dim)
+            self.position = nn.Parameter(0.02 * torch.randn(length, dim))
+            self.branches = nn.ModuleList()
+            for _ in range(layers):
+                mlp = (nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+                self.branches.append(nn.Sequential(nn.LayerNorm(dim), Attention(dim)))
+                self.branches.append(nn.Sequential(nn.LayerNorm(dim), *mlp))
+            self.head = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, self.vocabulary, bias=False))
+        options = {"channel_dim": -1, "rank": 32, "pa_rank": None, "recompute": recompute}
+        self.residuals = nn.ModuleList(model.residual(dim, available=i + 1, **options) for i in range(2 * layers))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(residual_layers(self.embedding(tokens) + self.position, self.branches, self.residuals))
+
+
+class Attention(nn.Module):
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, -1, 64)).permute(2, 0, 3, 1, 4)  # (N, heads, length, 64) each
+        return self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+
+
+def residual_layers(x: Tensor, branches: nn.ModuleList, residuals: nn.ModuleList) -> Tensor:
+    xs = [x]
+    for f, residual in zip(branches, residuals):
+        x = xs[-1]
+        xs.append(residual(xs if isinstance(residual, LAuReL_PA) else x, f(x)))
+    return xs[-1]
 
 
 @contextmanager
@@ -197,6 +256,7 @@ examples:
   python Test.py --models residual rw+lr deeper --seeds 3
   python Test.py --models residual --epochs 10          longer training, higher accuracy
   python Test.py --dataset synthetic --epochs 2         no download, done in a minute
+  python Test.py --profile                              time and memory of every residual connection
 """
 
 
@@ -234,8 +294,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    models = [Model.parse(name) for name in MODELS[:4]]
-    add("--models", nargs="+", type=Model.parse, default=models, metavar="MODEL", help="(default: residual rw lr pa)")
+    add("--models", nargs="+", type=Model.parse, metavar="MODEL", help="(default: residual rw lr pa; --profile: all)")
     add("--epochs", type=count, default=default.epochs, metavar="N", help="(default: %(default)s)")
     add("--batch-size", type=count, default=default.batch_size, metavar="N", help="(default: %(default)s)")
     add("--seeds", type=count, default=1, metavar="N", help="train every model with seeds 0 to N-1 (default: 1)")
@@ -246,16 +305,25 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--dataset", choices=("cifar10", "synthetic"), default="cifar10", help="synthetic: made up, no download")
     add("--limit", type=count, metavar="N", help="the first N training images only, for a quick try")
     add("--hold-out", type=count, metavar="N", help="test on the last N training images, to choose a recipe by")
+    add("--profile", action="store_true", help="measure what each residual connection costs, in place of training")
+    add("--seconds", type=count, default=60, metavar="N", help="--profile: for each measurement (default: %(default)s)")
+    shape = ("DIM", "LAYERS", "LENGTH", "BATCH")
+    add("--gpt", type=count, nargs=4, default=[768, 4, 256, 4], metavar=shape, help="--profile: (default: 768 4 256 4)")
     add("--out", type=Path, metavar="DIR", help="where results go (default: runs/ and the date and time)")
     options = parser.parse_args(argv)
-    options.models = list({model.name: model for model in options.models}.values())
+    models = options.models or [Model.parse(name) for name in (MODELS if options.profile else MODELS[:4])]
+    if options.profile:
+        models.insert(0, Model.parse("residual"))  # what the others are compared with
+    options.models = list({model.name: model for model in models}.values())
     options.out = options.out or Path("runs") / time.strftime("%Y-%m-%d-%H%M%S")
     if options.precision == "auto":
         options.precision = TrainUtil.default_precision(options.device)
     training_images = 5000 if options.dataset == "synthetic" else 50_000
     if options.hold_out and options.hold_out >= training_images:
         parser.error(f"--hold-out must be below the {training_images} training images, got {options.hold_out}")
-    if (options.out / "results.json").exists():
+    if options.gpt[0] % 64:
+        parser.error(f"--gpt {options.gpt[0]} …: the width must be a multiple of 64, the channels of a head")
+    if any((options.out / name).exists() for name in ("results.json", "profile.json")):
         parser.error(f"--out {options.out} holds the results of another run; name a new folder")
     try:
         options.out.mkdir(parents=True, exist_ok=True)
@@ -264,23 +332,20 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def configuration(options: argparse.Namespace, data: TrainUtil.Dataset, recipe: TrainUtil.Recipe) -> dict:
-    """All that the numbers depend on."""
+def configuration(options: argparse.Namespace) -> dict:
+    """All that the numbers depend on but the data and the recipe."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
     try:
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
     except OSError:  # no git here
         commit = None
     plain = {
-        name: value if value is None or isinstance(value, int) else str(value) for name, value in vars(options).items()
+        name: value if value is None or isinstance(value, (int, list)) else str(value)
+        for name, value in vars(options).items()
     }
     return {
         **plain,
         "models": [model.name for model in options.models],
-        "data": data.name,
-        "training_images": len(data.train_labels),
-        "test_images": len(data.test_labels),
-        "recipe": asdict(recipe),
         "device_name": TrainUtil.device_name(options.device),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -292,24 +357,26 @@ def configuration(options: argparse.Namespace, data: TrainUtil.Dataset, recipe: 
 class Monitor:
     """What runs now and how long it will take: one moving line in a terminal, a line an epoch elsewhere."""
 
-    def __init__(self, runs: int, epochs: int, images_per_run: int) -> None:
-        self.runs, self.epochs, self.images_per_run = runs, epochs, images_per_run
+    def __init__(self, runs: int, epochs: int) -> None:
+        self.runs, self.epochs = runs, epochs
         self.plain = not rich.get_console().is_terminal
         self.bar = Progress(TextColumn("{task.description}"), BarColumn(20), transient=True, disable=self.plain)
-        self.task = self.bar.add_task("", total=runs * images_per_run)
+        self.task = self.bar.add_task("", total=runs)
         self.start = time.perf_counter()
 
-    def reporter(self, run: int, title: str) -> Callable[[int, float, list[dict]], None]:
-        def report(images: int, seconds: float, history: list[dict]) -> None:
-            done = run * self.images_per_run + images
-            left = (time.perf_counter() - self.start) * (self.runs * self.images_per_run / done - 1)
-            epoch_ended = images * self.epochs == len(history) * self.images_per_run
+    def reporter(self, run: int, title: str) -> Callable[[float, int, float, list[dict]], None]:
+        tested = 0
+
+        def report(work: float, images: int, seconds: float, history: list[dict]) -> None:
+            nonlocal tested
+            left = (time.perf_counter() - self.start) * (self.runs / (run + work) - 1)
+            epoch_ended, tested = len(history) > tested, len(history)
             epoch = len(history) + (0 if epoch_ended else 1)
             text = f"[{run + 1}/{self.runs}] {title}, epoch {epoch}/{self.epochs}"
             if history:
                 text += f", loss {history[-1]['train_loss']:.3f}, accuracy {100 * history[-1]['test_accuracy']:.2f} %"
             text += f", {images / seconds:.0f} images/s, {left // 60:.0f}:{left % 60:02.0f} min left"
-            self.bar.update(self.task, completed=done, description=text)
+            self.bar.update(self.task, completed=run + work, description=text)
             if self.plain and epoch_ended:
                 print(text, flush=True)
 
@@ -441,13 +508,150 @@ def draw(out: Path, config: dict, runs: list[dict]) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# What a residual connection costs
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Table 5 of the paper as ratios to its baseline of 24 layers: step time, peak memory. Its PA has the identity for h.
+PAPER = {
+    "residual": (1.000, 1.000),
+    "rw": (1.000, 1.024),
+    "lr": (1.032, 1.055),
+    "pa": (1.053, 1.077),
+    "rw+lr": (1.042, 1.079),
+    "rw+lr+pa": (1.095, 1.107),
+}
 
 
-def main(argv: list[str] | None = None) -> int:
-    options = parse(argv)
-    if not rich.get_console().is_terminal:
-        rich.reconfigure(width=140)  # a file has no width of its own to fold the table to
-    console = rich.get_console()
+def networks(options: argparse.Namespace) -> Iterator[tuple[str, list[dict]]]:
+    """For each of two networks its name, and what every model of it costs."""
+    dim, layers, length, batch = options.gpt
+    images = TrainUtil.synthetic().train_images
+
+    def cnn_example(n: int) -> tuple[Tensor, Tensor]:
+        i = torch.arange(n) % len(images)
+        return TrainUtil.normalize(images[i]), i % 10
+
+    def gpt_example(n: int) -> tuple[Tensor, Tensor]:
+        tokens = torch.randint(GPT.vocabulary, (n, length), generator=torch.Generator().manual_seed(0))
+        return tokens, tokens.roll(-1, dims=1)
+
+    models = {model.name: SmallCNN(model, 0, images) for model in options.models}
+    yield f"small CNN, batch {options.batch_size}", measure(models, cnn_example, options.batch_size, options)
+    models = {model.name: GPT(model, dim, layers, length) for model in options.models}
+    weighted = [model for model in options.models if model.base.startswith("rw")]
+    models |= {f"{model.name}, recompute": GPT(model, dim, layers, length, recompute=True) for model in weighted}
+    yield (
+        f"GPT, D = {dim}, {layers} layers, length {length}, batch {batch}",
+        measure(models, gpt_example, batch, options),
+    )
+
+
+def measure(models: dict[str, nn.Module], example: Callable, batch: int, options: argparse.Namespace) -> list[dict]:
+    """An entry a model; example(n) gives n inputs and their labels."""
+    device = options.device
+    for model in models.values():
+        model.to(device, memory_format=torch.channels_last)
+    called = TrainUtil.compiled(models) if options.compile else models
+    x, y = (tensor.to(device) for tensor in example(batch))
+
+    def loss(model: nn.Module) -> Tensor:
+        with TrainUtil.autocast(device, options.precision):
+            logits = model(x)
+        return F.cross_entropy(logits.float().flatten(0, -2), y.flatten())
+
+    def step(model: nn.Module) -> None:
+        model.zero_grad()
+        loss(model).backward()
+
+    @torch.inference_mode()
+    def infer(model: nn.Module, x: Tensor) -> None:
+        with TrainUtil.autocast(device, options.precision):
+            model(x)
+
+    costs = [
+        {
+            "model": name,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "flops": TrainUtil.flops(partial(step, model)),
+            "saved_bytes": TrainUtil.saved_bytes(model, partial(loss, called[name])),
+            "peak_bytes": TrainUtil.peak_bytes(model, partial(step, called[name]), device),
+        }
+        for name, model in models.items()
+    ]
+    steps = {name: partial(step, model) for name, model in called.items()}
+    times = {"step_seconds": TrainUtil.interleave(steps, options.seconds, device)}
+    for model in models.values():
+        model.eval()
+    for n in (1, 128):
+        x_n = example(n)[0].to(device)
+        calls = {name: partial(infer, model, x_n) for name, model in called.items()}
+        times[f"inference_{n}_seconds"] = TrainUtil.interleave(calls, options.seconds, device)
+    return [{**entry, **{name: each[entry["model"]] for name, each in times.items()}} for entry in costs]
+
+
+def profile_table(config: dict, network: str, costs: list[dict]) -> Table:
+    base = costs[0]
+    how = f"{config['precision']}, compiled" if config["compile"] else config["precision"]
+    result = Table("model", title=f"{network}; {config['device_name']}, {how}")
+    result.caption = "Times: medians of the ratios to residual within a round of calls, and their quartiles."
+    columns = [
+        "parameters",
+        "FLOPs",
+        "training step",
+        "inference, batch 1",
+        "inference, batch 128",
+        "saved for backward",
+    ]
+    columns += ["peak memory"] * (base["peak_bytes"] is not None)
+    columns += ["paper: time", "paper: memory"] * network.startswith("GPT")
+    for name in columns:
+        result.add_column(name, justify="right")
+
+    def times(entry: dict, name: str) -> str:
+        if entry is base:
+            return f"{1000 * statistics.median(entry[name]):.4g} ms"
+        low, median, high = statistics.quantiles((a / b for a, b in zip(entry[name], base[name])), n=4)
+        return f"{median:.3f} ({low:.3f}–{high:.3f})"
+
+    def amount(entry: dict, name: str, unit: str, size: float) -> str:
+        return f"{entry[name] / size:.4g} {unit}" if entry is base else f"{entry[name] / base[name]:.4f}"
+
+    for entry in costs:
+        row = [
+            f"{entry['parameters']:,}",
+            amount(entry, "flops", "GFLOP", 1e9),
+            *(times(entry, name) for name in ("step_seconds", "inference_1_seconds", "inference_128_seconds")),
+            amount(entry, "saved_bytes", "MB", 1e6),
+        ]
+        if entry["peak_bytes"] is not None:
+            row.append(amount(entry, "peak_bytes", "MB", 1e6))
+        if network.startswith("GPT"):
+            row += [f"{ratio:.3f}" for ratio in PAPER.get(entry["model"].removesuffix(", recompute"), ())] or ["–", "–"]
+        result.add_row(entry["model"], *row)
+    return result
+
+
+def profile(options: argparse.Namespace) -> int:
+    config, found = configuration(options), {}
+    try:
+        for network, costs in networks(options):
+            found[network] = costs
+            with TrainUtil.replacing(options.out / "profile.json") as path:
+                path.write_text(json.dumps({"config": config, "networks": found}) + "\n")
+            rich.get_console().print(profile_table(config, network, costs))
+    except KeyboardInterrupt:
+        print(f"Interrupted: {len(found)} of 2 networks have been measured.", file=sys.stderr)
+        return 130
+    finally:
+        if found:
+            print(options.out / "profile.json")
+    return 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def compare(options: argparse.Namespace) -> int:
     recipe = TrainUtil.Recipe(epochs=options.epochs, batch_size=options.batch_size)
     runs: list[dict] = []
     code = 0
@@ -455,11 +659,17 @@ def main(argv: list[str] | None = None) -> int:
         data = TrainUtil.synthetic() if options.dataset == "synthetic" else TrainUtil.load_cifar10(options.data_dir)
         data = data.hold_out(options.hold_out) if options.hold_out else data
         data = data.limit(options.limit) if options.limit else data
-        config = configuration(options, data, recipe)
+        config = {
+            **configuration(options),
+            "data": data.name,
+            "training_images": len(data.train_labels),
+            "test_images": len(data.test_labels),
+            "recipe": asdict(recipe),
+        }
         data = data.to(options.device)
         torch.backends.cudnn.deterministic = True
         pairs = [(seed, model) for seed in range(options.seeds) for model in options.models]
-        monitor = Monitor(len(pairs), recipe.epochs, recipe.images(len(data.train_labels)))
+        monitor = Monitor(len(pairs), recipe.epochs)
         with monitor.bar:
             for i, (seed, model) in enumerate(pairs):
                 network = SmallCNN(model, seed, data.train_images)
@@ -477,11 +687,18 @@ def main(argv: list[str] | None = None) -> int:
         code = 130
         print(f"Interrupted: {len(runs)} runs have finished.", file=sys.stderr)
     if runs:
-        console.print(table(config, runs))
+        rich.get_console().print(table(config, runs))
         draw(options.out, config, runs)
         for name in ("results.json", "results.csv", "accuracy.png", "learned.png"):
             print(options.out / name)
     return code
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = parse(argv)
+    if not rich.get_console().is_terminal:
+        rich.reconfigure(width=160)  # a file has no width of its own to fold the tables to
+    return profile(options) if options.profile else compare(options)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from rich import get_console
 from rich.progress import DownloadColumn, Progress, ProgressColumn, TransferSpeedColumn
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.datasets import CIFAR10
 from torchvision.datasets.folder import default_loader
 from torchvision.datasets.utils import check_integrity, extract_archive
@@ -262,6 +263,11 @@ def normalize(images: Tensor) -> Tensor:
     return ((images - mean) / std).permute(0, 3, 1, 2)
 
 
+def resize(images: Tensor, size: int) -> Tensor:
+    """(N, C, H, W) to (N, C, size, size), each pixel the mean of the area that it covers."""
+    return images if images.shape[-1] == size else F.adaptive_avg_pool2d(images, size)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Training
 # ---------------------------------------------------------------------------------------------------------------------
@@ -271,7 +277,7 @@ def normalize(images: Tensor) -> Tensor:
 class Recipe:
     """How every model is trained. Chosen on the last 5,000 training images, held out, never on the test images."""
 
-    epochs: int = 3
+    epochs: int = 5
     batch_size: int = 500
     filter_lr: float = 0.24  # Muon, for the filters of the convolutions
     filter_momentum: float = 0.6
@@ -281,10 +287,25 @@ class Recipe:
     warmup: float = 0.05  # part of the steps over which the learning rates rise; then they fall linearly to zero
     label_smoothing: float = 0.1
     max_shift: int = 2  # pixels
+    # The images' size up to which part of the steps, by averaging over areas: early steps on small images cost little
+    # (progressive resizing: Howard 2018, "Training Imagenet in 3 hours for USD 25; and CIFAR10 for USD 0.26").
+    sizes: tuple[tuple[int, float], ...] = ((16, 0.3), (24, 0.65), (32, 1.0))
 
     def steps_per_epoch(self, n: int) -> int:
         """Whole batches in n images; fewer images than a batch are one batch."""
         return max(1, n // self.batch_size)
+
+    def size(self, part: float) -> int:
+        """The images' size after a part of the steps, 0 to 1."""
+        return next((size for size, until in self.sizes if part < until), self.sizes[-1][0])
+
+    def pixels(self, part: float) -> float:
+        """Pixels of an image that the first part of the steps sees, mean over all steps: about what the steps cost."""
+        total, begin = 0.0, 0.0
+        for size, until in self.sizes:
+            total += size**2 * max(0.0, min(part, until) - begin)
+            begin = until
+        return total
 
     def images(self, n: int) -> int:
         """How many images a run over n training images trains on."""
@@ -344,8 +365,11 @@ def batches(data: Dataset, recipe: Recipe, seed: int, epoch: int) -> Iterator[tu
     order = torch.randperm(n, generator=generator)
     offset = torch.randint(-recipe.max_shift, recipe.max_shift + 1, (2, n), generator=generator)
     flip, order, offset = flip.to(device), order.to(device), offset.to(device)
-    for i in order.split(recipe.batch_size)[: recipe.steps_per_epoch(n)]:
-        yield normalize(shift(data.train_images[i], *offset[:, i], flip[i])), data.train_labels[i].long()
+    steps = recipe.steps_per_epoch(n)
+    for step, i in enumerate(order.split(recipe.batch_size)[:steps]):
+        images = normalize(shift(data.train_images[i], *offset[:, i], flip[i]))
+        size = recipe.size((epoch + step / steps) / recipe.epochs)
+        yield resize(images, size), data.train_labels[i].long()
 
 
 def cpu_capabilities() -> Mapping:
@@ -385,13 +409,13 @@ def train(
     *,
     precision: str = "float32",
     compile: bool = False,
-    report: Callable[[int, float, list[dict]], None] = lambda images, seconds, history: None,
+    report: Callable[[float, int, float, list[dict]], None] = lambda *so_far: None,
 ) -> dict:
     """Trains the model on the device of the data and tests it after every epoch. Nothing is chosen by test accuracy.
 
     Args:
-        report: called after every step and every test with the images trained on, the seconds that took, and the
-            history, all so far.
+        report: called after every step and every test with the part of the work that is done, 0 to 1, the images
+            trained on, the seconds that took, and the history, all so far.
 
     Returns:
         epochs, test_accuracy (the last epoch's), train_seconds (training alone, without evaluation and compilation),
@@ -399,11 +423,12 @@ def train(
     """
     device = data.train_labels.device
     model.to(device, memory_format=torch.channels_last)
-    step = torch.compile(model) if compile else model
+    step = compiled({"model": model})["model"] if compile else model
     compile_seconds = warm_up(model, step, data, recipe, precision) if compile else 0.0
 
     opts = optimizers(model, recipe)
-    total = recipe.epochs * recipe.steps_per_epoch(len(data.train_labels))
+    n = len(data.train_labels)
+    total = recipe.epochs * recipe.steps_per_epoch(n)
 
     def schedule(step: int) -> float:
         return min(1.0, (step + 1) / (recipe.warmup * total)) * (1 - step / total)
@@ -425,13 +450,14 @@ def train(
                 opt.zero_grad()
             losses.append(loss.detach())
             images += len(y)
-            report(images, train_seconds + time.perf_counter() - start, history)
+            work = recipe.pixels(images / recipe.images(n)) / recipe.pixels(1.0)
+            report(work, images, train_seconds + time.perf_counter() - start, history)
         train_loss = torch.stack(losses).mean().item()  # the epoch's only wait for the device
         seconds = time.perf_counter() - start
         train_seconds += seconds
         accuracy = evaluate(step, data, precision)
         history.append({"epoch": epoch + 1, "train_loss": train_loss, "test_accuracy": accuracy, "seconds": seconds})
-        report(images, train_seconds, history)
+        report(work, images, train_seconds, history)
     return {
         "epochs": recipe.epochs,
         "test_accuracy": history[-1]["test_accuracy"],
@@ -442,14 +468,22 @@ def train(
     }
 
 
+def compiled(models: dict[str, nn.Module]) -> dict[str, Callable]:
+    """The models under torch.compile, which would give up on a class after eight versions of its code."""
+    torch.compiler.reset()
+    torch._dynamo.config.cache_size_limit = 8 * len(models)
+    return {name: torch.compile(model, dynamic=False) for name, model in models.items()}
+
+
 def warm_up(model: nn.Module, step: Callable, data: Dataset, recipe: Recipe, precision: str) -> float:
     """Compiles the training and the test step, leaves the model as it was, and returns the seconds it took."""
     start, state = time.perf_counter(), copy.deepcopy(model.state_dict())
     model.train()
-    x, y = next(batches(data, recipe, seed=0, epoch=0))
-    with autocast(y.device, precision):
-        logits = step(x)
-    F.cross_entropy(logits.float(), y).backward()
+    x, y = next(batches(data, replace(recipe, sizes=((32, 1.0),)), seed=0, epoch=0))
+    for size, _ in recipe.sizes:
+        with autocast(y.device, precision):
+            logits = step(resize(x, size))
+        F.cross_entropy(logits.float(), y).backward()
     evaluate(step, data, precision)
     model.zero_grad()
     model.load_state_dict(state)
@@ -465,3 +499,68 @@ def evaluate(model: nn.Module, data: Dataset, precision: str = "float32", batch_
         with autocast(y.device, precision):
             correct += (model(normalize(x)).argmax(dim=1) == y).sum()
     return correct.item() / len(data.test_labels)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measurement
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
+
+
+def interleave(functions: Mapping[str, Callable[[], object]], seconds: float, device: torch.device) -> dict:
+    """The seconds of every call, in rounds A B C, B C A, …, so that a machine whose speed drifts slows all alike.
+
+    One round to warm up, then rounds until `seconds` have passed, five at least.
+    """
+    for function in functions.values():
+        function()
+    names, times = list(functions), {name: [] for name in functions}
+    start, rounds = time.perf_counter(), 0
+    while rounds < 5 or time.perf_counter() - start < seconds:
+        for i in range(len(names)):
+            name = names[(i + rounds) % len(names)]
+            synchronize(device)
+            begin = time.perf_counter()
+            functions[name]()
+            synchronize(device)
+            times[name].append(time.perf_counter() - begin)
+        rounds += 1
+    return times
+
+
+def saved_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
+    """Bytes that `forward` keeps for the backward pass, by distinct storage, the model's own parameters left out."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    saved: dict[int, Tensor] = {}  # the tensors themselves too, so that no storage takes the place of a freed one
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = forward()
+    size = sum(tensor.untyped_storage().nbytes() for at, tensor in saved.items() if at not in own)
+    del output
+    return size
+
+
+def peak_bytes(model: nn.Module, step: Callable[[], object], device: torch.device) -> int | None:
+    """The most memory that the model and one step of it take on a CUDA device; None elsewhere."""
+    if device.type != "cuda":
+        return None
+    model.zero_grad()
+    others = torch.cuda.memory_allocated(device) - sum(p.untyped_storage().nbytes() for p in model.parameters())
+    torch.cuda.reset_peak_memory_stats(device)
+    step()
+    return torch.cuda.max_memory_allocated(device) - others
+
+
+def flops(step: Callable[[], object]) -> int:
+    """Floating-point operations of the products and convolutions in one step; sums and activations are not counted."""
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()

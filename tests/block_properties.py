@@ -3,6 +3,7 @@
 import copy
 import doctest
 import importlib
+import math
 import os
 import shutil
 import subprocess
@@ -10,7 +11,6 @@ import sys
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -32,21 +32,21 @@ SHAPES = {  # shape and channel_dim
 }
 
 
-def bounded(w: np.ndarray, bound: str, scale: float) -> tuple[np.ndarray, np.ndarray]:
-    """α and β by the table of the docstrings, in NumPy."""
+def bounded(w: Tensor, bound: str, scale: float) -> tuple[Tensor, Tensor]:
+    """α and β by the table of the docstrings."""
     if bound == "softmax":
-        e = np.exp(w)
+        e = w.exp()
         return scale * e[0] / (e[0] + e[1]), scale * e[1] / (e[0] + e[1])
     if bound == "sigmoid":
-        return scale / (1 + np.exp(-w[0])), scale / (1 + np.exp(-w[1]))
+        return scale / (1 + (-w[0]).exp()), scale / (1 + (-w[1]).exp())
     if bound == "single":
-        alpha = scale / (1 + np.exp(-w[0]))
+        alpha = scale / (1 + (-w[0]).exp())
         return alpha, scale - alpha
     return w[0], w[1]
 
 
-def numpy_state(block: nn.Module) -> dict[str, np.ndarray]:
-    return {name: p.detach().double().numpy() for name, p in block.named_parameters()}
+def double_state(block: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().double() for name, p in block.named_parameters()}
 
 
 def randomize(block: nn.Module) -> nn.Module:
@@ -109,16 +109,13 @@ class BlockProperties:
         *xs, fx = (torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for _ in range(5))
         return xs, fx
 
-    def equation(self, state: dict[str, np.ndarray], options: dict, xs: list[np.ndarray], fx: np.ndarray) -> np.ndarray:
-        """The paper's equation on (…, D) arrays, in NumPy."""
+    def equation(self, state: dict[str, Tensor], options: dict, xs: list[Tensor], fx: Tensor) -> Tensor:
+        """The paper's equation on (…, D) tensors, written the obvious way."""
         raise NotImplementedError
 
-    def expected(self, block: nn.Module, options: dict, xs: list[Tensor], fx: Tensor, channel_dim: int) -> np.ndarray:
-        xs, fx = (
-            [np.moveaxis(x.double().numpy(), channel_dim, -1) for x in xs],
-            np.moveaxis(fx.double().numpy(), channel_dim, -1),
-        )
-        return np.moveaxis(self.equation(numpy_state(block), options, xs, fx), -1, channel_dim)
+    def expected(self, block: nn.Module, options: dict, xs: list[Tensor], fx: Tensor, channel_dim: int) -> Tensor:
+        xs, fx = [x.double().movedim(channel_dim, -1) for x in xs], fx.double().movedim(channel_dim, -1)
+        return self.equation(double_state(block), options, xs, fx).movedim(-1, channel_dim)
 
     @pytest.mark.parametrize(("shape", "channel_dim"), SHAPES.values(), ids=SHAPES)
     def test_is_the_equation(self, variant, shape, channel_dim):
@@ -126,7 +123,7 @@ class BlockProperties:
         block = randomize(self.make(options, channel_dim)).double()
         xs, fx = self.inputs(shape, torch.float64)
         expected = self.expected(block, options, xs, fx, channel_dim)
-        np.testing.assert_allclose(self.call(block, xs, fx).detach(), expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(self.call(block, xs, fx).detach(), expected, rtol=1e-12, atol=1e-12)
 
     @pytest.mark.parametrize(("shape", "channel_dim"), SHAPES.values(), ids=SHAPES)
     def test_starts_as_the_plain_residual_to_the_last_bit(self, shape, channel_dim):
@@ -150,6 +147,73 @@ class BlockProperties:
         tensors = [*params, *(t.requires_grad_() for t in (*xs[-2:], fx))]
         assert torch.autograd.gradcheck(f, tensors)
         assert torch.autograd.gradgradcheck(f, tensors)
+
+    @pytest.mark.parametrize("alpha", [1.0, 1e-3])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_gradients_are_as_exact_as_those_of_the_obvious_form(self, variant, dtype, alpha):
+        options, _ = self.variants[variant]
+        block = randomize(self.make(options))
+        if "w" in dict(block.named_parameters()):
+            with torch.no_grad():  # β stays near 1
+                bound = options.get("bound", "softmax")
+                block.w[0] = alpha if bound == "none" else math.log(alpha)
+        block.to(dtype)
+        xs, fx = self.inputs((512, D), dtype)
+        names = [name for name, _ in block.named_parameters()]
+        weigh = torch.randn(fx.shape, generator=torch.Generator().manual_seed(2)).to(dtype)
+
+        def gradients(form, dtype):
+            tensors = [t.detach().to(dtype).requires_grad_() for t in (*block.parameters(), *xs, fx)]
+            y = form(dict(zip(names, tensors)), tensors[len(names) : -1], tensors[-1])
+            grads = torch.autograd.grad(y, tensors, weigh.to(dtype), allow_unused=True)
+            return [grad.double() for grad in grads if grad is not None]
+
+        def ours(state, xs, fx):
+            return torch.func.functional_call(block, state, (xs if self.takes_history else xs[-1], fx))
+
+        def obvious(state, xs, fx):
+            return self.equation(state, options, xs, fx)
+
+        exact = gradients(obvious, torch.float64)
+        for mine, plain, right in zip(gradients(ours, dtype), gradients(obvious, dtype), exact):
+            # The gradient of a scalar is a sum of products, whose rounding errors do not shrink when the sum does.
+            scale = weigh.norm() * fx.norm() / 4 if dtype == torch.float32 else 0
+            allowed = 2 * (plain - right).norm() + torch.finfo(dtype).eps * (right.norm() + scale)
+            assert (mine - right).norm() <= allowed
+
+    def test_keeps_only_what_the_backward_pass_needs(self, variant):
+        """f(x) where α is learned and not had back from the output, and apart from that no tensor of its size."""
+        options, _ = self.variants[variant]
+        torch.manual_seed(0)
+        block = self.block_class(**{**options, **({"dim": 64} if options.get("dim") else {})})
+        *xs, fx = (torch.randn(256, 64, requires_grad=True) for _ in range(5))
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            y = self.call(block, xs, fx)
+        known = {t.untyped_storage().data_ptr(): name for t, name in [*((x, "x") for x in xs), (fx, "fx"), (y, "y")]}
+        known |= {p.untyped_storage().data_ptr(): "parameter" for p in block.parameters()}
+        others = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
+        names = {known.get(at) for at in others}
+        recompute, weighted = options.get("recompute", False), "w" in dict(block.named_parameters())
+        assert ("fx" in names) == (weighted and not recompute)
+        assert "y" not in names or recompute
+        assert sum(size for at, size in others.items() if at not in known) < 0.5 * y.untyped_storage().nbytes()
+
+    def test_an_activation_in_place_may_follow(self, variant):
+        """As in many a ResNet; where the output is kept for the backward pass, it is an error and no wrong gradient."""
+        options, _ = self.variants[variant]
+        block = randomize(self.make(options))
+        xs, fx = self.inputs((4, D))
+        leaf = fx.clone().requires_grad_()
+        y = self.call(block, xs, leaf).relu_()
+        if options.get("recompute") and block.alpha.min() >= block.beta.max() / 8:
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                y.sum().backward()
+            return
+        y.sum().backward()
+        other = fx.clone().requires_grad_()
+        self.call(block, xs, other).relu().sum().backward()
+        assert torch.equal(leaf.grad, other.grad)
 
     def test_every_parameter_gets_a_gradient(self, variant):
         block = randomize(self.make(self.variants[variant][0]))
@@ -183,7 +247,7 @@ class BlockProperties:
         y = self.call(block, xs, fx)
         assert y.dtype == (xs[-1] + fx).dtype
         coarse = torch.bfloat16 in (block_dtype, x_dtype, fx_dtype)
-        expected = torch.from_numpy(self.expected(block, options, xs, fx, -1))
+        expected = self.expected(block, options, xs, fx, -1)
         torch.testing.assert_close(y.double(), expected, rtol=0, atol=0.15 if coarse else 1e-5)
 
     def test_autocast_keeps_the_dtype_of_the_sum(self, variant):
@@ -196,7 +260,7 @@ class BlockProperties:
                 y = self.call(block, xs, fx)
                 assert y.dtype == (xs[-1] + fx).dtype
             y.float().sum().backward()
-            expected = torch.from_numpy(self.expected(block, options, xs, fx, -1))
+            expected = self.expected(block, options, xs, fx, -1)
             torch.testing.assert_close(y.double(), expected, rtol=0, atol=0.15)
 
     def test_keeps_the_memory_layout(self, variant):

@@ -1,9 +1,8 @@
 import importlib
 
-import numpy as np
 import pytest
 import torch
-from block_properties import BlockProperties, D, bounded, numpy_state, randomize
+from block_properties import BlockProperties, D, bounded, randomize
 from torch import nn
 
 LAuReL_LR = importlib.import_module("LAuReL-LR").LAuReL_LR
@@ -22,6 +21,7 @@ class TestLAuReLLR(BlockProperties):
         "RW+LR sigmoid": ({**WEIGHTED, "bound": "sigmoid"}, 2 * R * D + 2),
         "RW+LR single": ({**WEIGHTED, "bound": "single"}, 2 * R * D + 1),
         "RW+LR none": ({**WEIGHTED, "bound": "none"}, 2 * R * D + 2),
+        "RW+LR recompute": ({**WEIGHTED, "recompute": True}, 2 * R * D + 2),
     }
     starts_plain = {name: options for name, (options, _) in variants.items() if "scale" not in options}
     errors = [
@@ -33,7 +33,7 @@ class TestLAuReLLR(BlockProperties):
     ]
 
     def equation(self, state, options, xs, fx):
-        g = xs[-1] + np.einsum("dr,re,...e->...d", state["B"], state["A"], xs[-1])
+        g = xs[-1] + torch.einsum("dr,re,...e->...d", state["B"], state["A"], xs[-1])
         if not options.get("residual_weights"):
             return fx + g
         alpha, beta = bounded(state["w"], options.get("bound", "softmax"), options.get("scale", 2.0))
@@ -66,9 +66,7 @@ def test_norm_is_applied_to_the_low_rank_path_alone(channel_dim):
     x, fx = torch.randn(2, D, D), torch.randn(2, D, D)
     assert torch.equal(block(x, fx), x + fx)
     randomize(block)
-    state = numpy_state(block)
-    low_rank = np.einsum("dr,re,...e->...d", state["B"], state["A"], np.moveaxis(x.numpy(), channel_dim, -1))
-    low_rank = torch.from_numpy(np.moveaxis(low_rank, -1, channel_dim).copy()).float()
+    low_rank = torch.einsum("dr,re,...e->...d", block.B, block.A, x.movedim(channel_dim, -1)).movedim(-1, channel_dim)
     torch.testing.assert_close(block(x, fx), x + fx + norm(low_rank))
 
 

@@ -2,7 +2,6 @@ import importlib
 import itertools
 from functools import partial
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -33,6 +32,9 @@ class TestLAuReLPA(BlockProperties):
         "RW+PA single": ({**WEIGHTED, "bound": "single"}, 2 * R * D + K + 1),
         "RW+PA none": ({**WEIGHTED, "bound": "none"}, 2 * R * D + K + 2),
         "RW+LR+PA": ({**WEIGHTED, "shared": False}, 2 * R * K * D + K + 2),  # eq. 6
+        "RW+PA recompute": ({**WEIGHTED, "recompute": True}, 2 * R * D + K + 2),
+        "RW+PA identity recompute": ({**WEIGHTED, "rank": None, "recompute": True}, K + 2),
+        "RW+LR+PA recompute": ({**WEIGHTED, "shared": False, "recompute": True}, 2 * R * K * D + K + 2),
         "RW+LR+PA orthogonal": ({**WEIGHTED, "shared": False, "init": "orthogonal"}, 2 * R * K * D + K + 2),
     }
     starts_plain = {name: options for name, (options, _) in variants.items() if "scale" not in options}
@@ -46,16 +48,16 @@ class TestLAuReLPA(BlockProperties):
     ]
 
     def equation(self, state, options, xs, fx):
-        g = xs[-1].copy()
+        g = xs[-1].clone()
         for j in range(min(options["k"], len(xs))):
             x = xs[len(xs) - 1 - j]  # x_{i-j}
             if options["rank"] is None:
                 h = x
             elif options.get("shared", True):
-                h = np.einsum("dr,re,...e->...d", state["B"], state["A"], x)
+                h = torch.einsum("dr,re,...e->...d", state["B"], state["A"], x)
             else:
-                h = np.einsum("dr,re,...e->...d", state["B"][j], state["A"][j], x)
-            g += state["gamma"][j] * h
+                h = torch.einsum("dr,re,...e->...d", state["B"][j], state["A"][j], x)
+            g = g + state["gamma"][j] * h
         if not options.get("residual_weights"):
             return fx + g
         alpha, beta = bounded(state["w"], options.get("bound", "softmax"), options.get("scale", 2.0))
@@ -67,8 +69,8 @@ class TestLAuReLPA(BlockProperties):
         block = randomize(self.make(options)).double()
         xs, fx = self.inputs((4, D), torch.float64)
         expected = self.expected(block, options, xs[:n], fx, -1)
-        np.testing.assert_allclose(block(xs[:n], fx).detach(), expected, rtol=1e-12, atol=1e-12)
-        np.testing.assert_allclose(block(tuple(xs[:n]), fx).detach(), expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(block(xs[:n], fx).detach(), expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(block(tuple(xs[:n]), fx).detach(), expected, rtol=1e-12, atol=1e-12)
 
     def test_leaves_the_history_as_it_was(self, variant):
         block = randomize(self.make(self.variants[variant][0]))

@@ -17,6 +17,13 @@ class TestLAuReL(BlockProperties):
         )
         for dim, bound, scale in itertools.product((None, D), ("softmax", "sigmoid", "single", "none"), (2.0, 1.0))
     }
+    variants |= {
+        f"dim={dim}, {bound}, recompute": (
+            {"dim": dim, "bound": bound, "scale": 2.0, "recompute": True},
+            2 * (dim or 1),
+        )
+        for dim, bound in itertools.product((None, D), ("softmax", "none"))
+    }
     starts_plain = {name: options for name, (options, _) in variants.items() if options["scale"] == 2.0}
     errors = [
         ({"dim": 0}, "dim.*0"),

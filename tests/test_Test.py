@@ -13,11 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from packaging.requirements import Requirement
 
 import Test
 import TrainUtil
-from Test import MODELS, Model, SmallCNN
+from Test import GPT, MODELS, Model, SmallCNN
 
 ROOT = Path(__file__).parents[1]
 SYNTHETIC = ("--dataset", "synthetic", "--limit", "400", "--batch-size", "100", "--epochs", "1")
@@ -125,6 +126,27 @@ def test_added_parameters_are_the_papers():
         assert parameters - baseline == expected, name
 
 
+def test_what_the_gpt_keeps_for_the_backward_pass():
+    """Ratios to the plain residual connection. They are exact, so that the bounds leave room for rounding alone."""
+    tokens = torch.zeros(4, 256, dtype=torch.long)
+
+    def saved(name: str, recompute: bool = False) -> int:
+        model = GPT(Model.parse(name), 768, 4, 256, recompute)
+        return TrainUtil.saved_bytes(model, lambda: F.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten()))
+
+    plain = saved("residual")
+    for name, keeping, recomputing in [
+        ("rw", 1.1204, 1.0000),
+        ("lr", 1.0050, 1.0050),
+        ("pa", 1.0000, 1.0000),
+        ("rw+lr", 1.1292, 1.0088),
+        ("rw+pa", 1.1204, 1.0000),
+        ("rw+lr+pa", 1.1435, 1.0231),
+    ]:
+        assert saved(name) / plain < keeping + 0.0001, name
+        assert saved(name, recompute=True) / plain < recomputing + 0.0001, name
+
+
 def test_whitened_patches_are_uncorrelated_with_unit_variance(networks, data):
     """For natural images; the noise of 5e-4 that is added to the variances is far below those of the made-up ones."""
     out = networks["residual"].whitening(TrainUtil.normalize(data.train_images[:5000]))[:, :12, ::2, ::2]
@@ -211,6 +233,47 @@ def test_plain_lines_where_the_output_is_no_terminal(finished):
     assert "\x1b" not in finished[0].stdout
 
 
+@pytest.fixture(scope="module")
+def profiled(tmp_path_factory) -> tuple[subprocess.CompletedProcess, Path]:
+    out = tmp_path_factory.mktemp("profile")
+    small = ("--seconds", "1", "--gpt", "64", "2", "16", "2", "--batch-size", "8")
+    return run("--profile", *small, "--models", "rw", "pa/2", "--precision", "float32", "--out", str(out)), out
+
+
+def test_profile_measures_every_model_in_the_same_rounds(profiled):
+    done, out = profiled
+    assert done.returncode == 0, done.stderr
+    networks = json.loads((out / "profile.json").read_text())["networks"]
+    cnn, gpt = networks.values()
+    assert [entry["model"] for entry in cnn] == ["residual", "rw", "pa/2"]
+    assert [entry["model"] for entry in gpt] == ["residual", "rw", "pa/2", "rw, recompute"]
+    for costs in networks.values():
+        for name in ("step_seconds", "inference_1_seconds", "inference_128_seconds"):
+            rounds = {len(entry[name]) for entry in costs}
+            assert len(rounds) == 1
+            assert rounds.pop() >= 5
+        for entry in costs:
+            assert entry["peak_bytes"] is None
+            assert entry["flops"] >= costs[0]["flops"]
+            assert f"{entry['parameters']:,}" in done.stdout
+    assert (
+        gpt[0]["saved_bytes"] < gpt[3]["saved_bytes"] < 1.001 * gpt[0]["saved_bytes"]
+    )  # scalars are all that is added
+    assert gpt[1]["saved_bytes"] > 1.05 * gpt[0]["saved_bytes"]
+
+
+def test_profile_shows_medians_of_ratios_within_a_round():
+    base = {"model": "residual", "parameters": 9, "flops": 2e9, "saved_bytes": 4e6, "peak_bytes": None}
+    other = {**base, "model": "rw", "parameters": 10, "flops": 3e9, "saved_bytes": 5e6}
+    for name in ("step_seconds", "inference_1_seconds", "inference_128_seconds"):
+        base[name], other[name] = [1.0, 2.0, 4.0, 8.0, 16.0], [1.1, 2.4, 5.2, 11.2, 24.0]  # a machine that slows down
+    table = Test.profile_table({"device_name": "", "precision": "", "compile": False}, "GPT", [base, other])
+    rows = list(zip(*(column.cells for column in table.columns)))
+    assert rows[0][1:5] == ("9", "2 GFLOP", "4000 ms", "4000 ms")
+    assert rows[1][1:4] == ("10", "1.5000", "1.300 (1.150–1.450)")
+    assert rows[1][6:] == ("1.2500", "1.000", "1.024")  # and what table 5 has
+
+
 def test_the_same_command_gives_the_same_numbers(finished, tmp_path):
     out = tmp_path / "again"
     run(*SYNTHETIC, "--models", "rw", "--out", str(out))
@@ -237,6 +300,8 @@ def test_the_same_command_gives_the_same_numbers(finished, tmp_path):
         (["--dataset", "mnist"], ["mnist", "cifar10", "synthetic"]),
         (["--hold-out", "5000"], ["--hold-out", "below the 5000"]),
         (["--out", str(Path(__file__))], ["--out", Path(__file__).name]),
+        (["--gpt", "100", "4", "256", "4"], ["--gpt", "100", "multiple of 64"]),
+        (["--gpt", "64", "0", "256", "4"], ["--gpt", "at least 1", "'0'"]),
     ],
     ids=" ".join,
 )

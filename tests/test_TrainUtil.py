@@ -12,6 +12,7 @@ import tarfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -351,9 +352,27 @@ def test_shift_moves_and_reflects_at_the_edges():
             assert torch.equal(out[1], images[1].flip(1))
 
 
+FULL = ((32, 1.0),)
+
+
+def test_images_grow_in_the_course_of_a_run(made_up):
+    recipe = Recipe(epochs=2, batch_size=100, sizes=((16, 0.3), (24, 0.65), (32, 1.0)))
+    steps = [x.shape for epoch in range(2) for x, _ in batches(made_up.limit(1000), recipe, 0, epoch)]
+    assert steps == [(100, 3, 16, 16)] * 6 + [(100, 3, 24, 24)] * 7 + [(100, 3, 32, 32)] * 7
+    assert recipe.pixels(1.0) == pytest.approx((6 * 16**2 + 7 * 24**2 + 7 * 32**2) / 20)
+    assert recipe.pixels(0.5) == pytest.approx((6 * 16**2 + 4 * 24**2) / 20)
+
+
+def test_a_smaller_image_holds_means_over_areas():
+    x = TrainUtil.normalize(torch.randint(256, (5, 32, 32, 3), dtype=torch.uint8))
+    y = TrainUtil.resize(x, 16)
+    torch.testing.assert_close(y, x.unflatten(3, (16, 2)).unflatten(2, (16, 2)).mean((3, 5)))
+    assert y.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_batches_hold_every_image_once_and_depend_on_seed_and_epoch_alone(made_up):
     # Without shifts, an image is known by its pixels, mirrored or not.
-    data, recipe = made_up.limit(300), Recipe(batch_size=100, max_shift=0)
+    data, recipe = made_up.limit(300), Recipe(batch_size=100, max_shift=0, sizes=FULL)
     sums = TrainUtil.normalize(data.train_images).sum((1, 2, 3)).sort().values
     epochs = [[torch.cat(t) for t in zip(*batches(data, recipe, seed, epoch))] for seed in (0, 1) for epoch in (0, 1)]
     for x, _ in epochs:
@@ -366,7 +385,7 @@ def test_batches_hold_every_image_once_and_depend_on_seed_and_epoch_alone(made_u
 
 def test_every_image_is_mirrored_in_every_other_epoch(made_up):
     data = made_up.limit(64)
-    recipe = Recipe(batch_size=64, max_shift=0)
+    recipe = Recipe(batch_size=64, max_shift=0, sizes=FULL)
     plain = TrainUtil.normalize(data.train_images)
 
     def mirrored(epoch):
@@ -469,9 +488,12 @@ def test_training_reports_what_it_did(made_up):
     reports = []
     recipe = Recipe(epochs=2, batch_size=100)
     result = train(
-        network(), made_up.limit(250), recipe, 0, report=lambda *state: reports.append((*state[:2], len(state[2])))
+        network(), made_up.limit(250), recipe, 0, report=lambda *state: reports.append((*state[:3], len(state[3])))
     )
-    assert [(images, epochs) for images, _, epochs in reports] == [
+    work = [work for work, _, _, _ in reports]
+    assert work == sorted(work)
+    assert work[-1] == pytest.approx(1.0)
+    assert [(images, epochs) for _, images, _, epochs in reports] == [
         (100, 0),
         (200, 0),
         (200, 1),
@@ -517,6 +539,29 @@ def test_evaluate_counts_the_right_answers(made_up):
         model.seen, labels = 0, made_up.test_labels.long()
         labels[:wrong] = (labels[:wrong] + 1) % 10
         assert TrainUtil.evaluate(model, made_up, batch_size=300) == pytest.approx(1 - wrong / 1000)
+
+
+def test_interleaving_lets_every_function_begin_a_round():
+    calls = []
+    functions = {name: partial(calls.append, name) for name in "ABC"}
+    times = TrainUtil.interleave(functions, 0.0, torch.device("cpu"))
+    assert {len(each) for each in times.values()} == {5}
+    assert "".join(calls) == "ABC" + "ABC" + "BCA" + "CAB" + "ABC" + "BCA"
+
+
+def test_saved_bytes_count_a_storage_once_and_no_parameters():
+    linear = torch.nn.Linear(3, 5, bias=False)
+    x = torch.ones(7, 3)
+    assert TrainUtil.saved_bytes(linear, lambda: linear(x)) == 7 * 3 * 4  # x; the weight is a parameter
+    y = torch.ones(7, 5, requires_grad=True)
+    assert TrainUtil.saved_bytes(linear, lambda: y * y.view(5, 7).view(7, 5)) == 7 * 5 * 4
+
+
+def test_flops_of_a_training_step():
+    linear, x = torch.nn.Linear(3, 5, bias=False), torch.ones(7, 3, requires_grad=True)
+    assert (
+        TrainUtil.flops(lambda: linear(x).sum().backward()) == 3 * 2 * 7 * 3 * 5
+    )  # forward, and two products backward
 
 
 def test_synthetic_set_has_the_shapes_of_cifar10_and_is_the_same_each_time(made_up):
