@@ -241,11 +241,12 @@ class LAuReL_PA(nn.Module):
 
     def add(self, y: Tensor, B: Tensor, u: Tensor) -> Tensor:
         """y + B u, for y with D at channel_dim and u of shape (…, r)."""
-        B = B.to(u.dtype)
-        # In one pass over y where that is possible; under autocast u may be of a lower dtype than y.
-        if self.channel_dim in (-1, y.ndim - 1) and u.dtype == y.dtype:
-            return torch.addmm(y.reshape(-1, self.dim), u.reshape(-1, u.shape[-1]), B.T).view(y.shape)
-        return y + F.linear(u, B).movedim(-1, self.channel_dim).to(y.dtype)
+        y, B = y.movedim(self.channel_dim, -1), B.to(u.dtype)
+        if y.is_contiguous() and y.dtype == u.dtype:  # in one pass over y; under autocast u may be of a lower dtype
+            y = torch.addmm(y.view(-1, self.dim), u.reshape(-1, u.shape[-1]), B.T).view(y.shape)
+        else:
+            y = y + F.linear(u, B).to(y.dtype)
+        return y.movedim(-1, self.channel_dim)
 
     def forward(self, xs: Sequence[Tensor], fx: Tensor) -> Tensor:
         if not isinstance(xs, (list, tuple)) or len(xs) == 0:

@@ -306,7 +306,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--limit", type=count, metavar="N", help="the first N training images only, for a quick try")
     add("--hold-out", type=count, metavar="N", help="test on the last N training images, to choose a recipe by")
     add("--profile", action="store_true", help="measure what each residual connection costs, in place of training")
-    add("--seconds", type=count, default=60, metavar="N", help="--profile: for each measurement (default: %(default)s)")
+    add("--seconds", type=count, default=60, metavar="N", help="--profile: at least so long on training (default: 60)")
+    add("--network", choices=("both", "cnn", "gpt"), default="both", help="--profile: (default: both)")
     shape = ("DIM", "LAYERS", "LENGTH", "BATCH")
     add("--gpt", type=count, nargs=4, default=[768, 4, 256, 4], metavar=shape, help="--profile: (default: 768 4 256 4)")
     add("--out", type=Path, metavar="DIR", help="where results go (default: runs/ and the date and time)")
@@ -585,7 +586,7 @@ def measure(models: dict[str, nn.Module], example: Callable, batch: int, options
     for n in (1, 128):
         x_n = example(n)[0].to(device)
         calls = {name: partial(infer, model, x_n) for name, model in called.items()}
-        times[f"inference_{n}_seconds"] = TrainUtil.interleave(calls, options.seconds, device)
+        times[f"inference_{n}_seconds"] = TrainUtil.interleave(calls, options.seconds / 4, device)
     return [{**entry, **{name: each[entry["model"]] for name, each in times.items()}} for entry in costs]
 
 
@@ -640,7 +641,7 @@ def profile(options: argparse.Namespace) -> int:
                 path.write_text(json.dumps({"config": config, "networks": found}) + "\n")
             rich.get_console().print(profile_table(config, network, costs))
     except KeyboardInterrupt:
-        print(f"Interrupted: {len(found)} of 2 networks have been measured.", file=sys.stderr)
+        print(f"Interrupted: networks measured so far: {len(found)}.", file=sys.stderr)
         return 130
     finally:
         if found:

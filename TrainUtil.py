@@ -514,13 +514,13 @@ def synchronize(device: torch.device) -> None:
 def interleave(functions: Mapping[str, Callable[[], object]], seconds: float, device: torch.device) -> dict:
     """The seconds of every call, in rounds A B C, B C A, …, so that a machine whose speed drifts slows all alike.
 
-    One round to warm up, then rounds until `seconds` have passed, five at least.
+    One round to warm up, then rounds until `seconds` have passed, three at least.
     """
     for function in functions.values():
         function()
     names, times = list(functions), {name: [] for name in functions}
     start, rounds = time.perf_counter(), 0
-    while rounds < 5 or time.perf_counter() - start < seconds:
+    while rounds < 3 or time.perf_counter() - start < seconds:
         for i in range(len(names)):
             name = names[(i + rounds) % len(names)]
             synchronize(device)

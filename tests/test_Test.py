@@ -251,7 +251,7 @@ def test_profile_measures_every_model_in_the_same_rounds(profiled):
         for name in ("step_seconds", "inference_1_seconds", "inference_128_seconds"):
             rounds = {len(entry[name]) for entry in costs}
             assert len(rounds) == 1
-            assert rounds.pop() >= 5
+            assert rounds.pop() >= 3
         for entry in costs:
             assert entry["peak_bytes"] is None
             assert entry["flops"] >= costs[0]["flops"]
