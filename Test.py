@@ -100,6 +100,9 @@ class Residual(nn.Module):
         return x + fx
 
 
+ARCHS = {"small": (32, 64, 128), "wide": (64, 256, 256)}  # channels of the three stages
+
+
 class SmallCNN(nn.Module):
     """A residual network of three stages, 32, 64 and 128 channels wide, with 2, 2 and 3 residual layers.
 
@@ -112,16 +115,16 @@ class SmallCNN(nn.Module):
     batch norm starts with gain 0 (Goyal et al. 2017), so that `deeper` too starts as the same function.
     """
 
-    widths, layers = (32, 64, 128), (2, 2, 3)
+    layers = (2, 2, 3)
 
-    def __init__(self, model: Model, seed: int, images: Tensor) -> None:
+    def __init__(self, model: Model, seed: int, images: Tensor, widths: tuple[int, ...] = ARCHS["small"]) -> None:
         super().__init__()
         with seeded(seed):
             self.whitening = nn.Conv2d(3, 24, kernel_size=2, bias=False)
             self.whitening.weight = nn.Parameter(whitening_filters(images), requires_grad=False)
             self.stages = nn.ModuleList()
             channels = 24
-            for i, (width, n) in enumerate(zip(self.widths, self.layers)):
+            for i, (width, n) in enumerate(zip(widths, self.layers)):
                 self.stages.append(Stage(channels, width, n, model, seed=1000 * seed + 100 * i + 1))
                 channels = width
             self.classifier = nn.Linear(channels, 10)
@@ -295,6 +298,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--models", nargs="+", type=Model.parse, metavar="MODEL", help="(default: residual rw lr pa; --profile: all)")
+    add("--arch", choices=ARCHS, default="small", help="wide: 64, 256 and 256 channels, for a GPU (default: small)")
     add("--epochs", type=count, default=default.epochs, metavar="N", help="(default: %(default)s)")
     add("--batch-size", type=count, default=default.batch_size, metavar="N", help="(default: %(default)s)")
     add("--seeds", type=count, default=1, metavar="N", help="train every model with seeds 0 to N-1 (default: 1)")
@@ -536,8 +540,8 @@ def networks(options: argparse.Namespace) -> Iterator[tuple[str, list[dict]]]:
         tokens = torch.randint(GPT.vocabulary, (n, length), generator=torch.Generator().manual_seed(0))
         return tokens, tokens.roll(-1, dims=1)
 
-    models = {model.name: SmallCNN(model, 0, images) for model in options.models}
-    yield f"small CNN, batch {options.batch_size}", measure(models, cnn_example, options.batch_size, options)
+    models = {model.name: SmallCNN(model, 0, images, ARCHS[options.arch]) for model in options.models}
+    yield f"{options.arch} CNN, batch {options.batch_size}", measure(models, cnn_example, options.batch_size, options)
     models = {model.name: GPT(model, dim, layers, length) for model in options.models}
     weighted = [model for model in options.models if model.base.startswith("rw")]
     models |= {f"{model.name}, recompute": GPT(model, dim, layers, length, recompute=True) for model in weighted}
@@ -673,7 +677,7 @@ def compare(options: argparse.Namespace) -> int:
         monitor = Monitor(len(pairs), recipe.epochs)
         with monitor.bar:
             for i, (seed, model) in enumerate(pairs):
-                network = SmallCNN(model, seed, data.train_images)
+                network = SmallCNN(model, seed, data.train_images, ARCHS[options.arch])
                 report = monitor.reporter(i, f"{model.name}, seed {seed}")
                 settings = {"precision": options.precision, "compile": options.compile, "report": report}
                 measured = TrainUtil.train(network, data, recipe, seed, **settings)

@@ -83,6 +83,14 @@ def test_all_models_take_the_same_batches(networks, data, monkeypatch):
         assert all(torch.equal(a, b) for a, b in zip(mine, theirs))
 
 
+def test_a_wide_network_trains_too(data):
+    network = SmallCNN(Model.parse("rw+lr+pa"), 0, data.train_images, Test.ARCHS["wide"])
+    assert [stage.down[0].out_channels for stage in network.stages] == [64, 256, 256]
+    recipe = TrainUtil.Recipe(epochs=4, batch_size=16, sizes=((16, 0.5), (32, 1.0)))
+    history = TrainUtil.train(network, data.limit(64), recipe, 0)["history"]
+    assert history[3]["train_loss"] < history[0]["train_loss"]
+
+
 def test_seeds_differ_and_building_a_model_leaves_the_random_numbers_alone(data):
     torch.manual_seed(7)
     expected = torch.rand(3)
@@ -111,7 +119,9 @@ def test_added_parameters_are_the_papers():
     """2 a layer for RW, 2rD for LR; PA 2rD + k with the k that the stage has; eq. 6: 2rkD + k + 2."""
     images = TrainUtil.synthetic().train_images
     baseline = sum(p.numel() for p in SmallCNN(Model.parse("residual"), 0, images).parameters())
-    layers = [(d, j + 1) for d, n in zip(SmallCNN.widths, SmallCNN.layers) for j in range(n)]  # D, activations there
+    layers = [
+        (d, j + 1) for d, n in zip(Test.ARCHS["small"], SmallCNN.layers) for j in range(n)
+    ]  # D, activations there
     for name, expected in {
         "rw": 2 * len(layers),
         "lr@8": sum(2 * 8 * d for d, _ in layers),
