@@ -19,7 +19,7 @@ BOUNDS = ("softmax", "sigmoid", "single", "none")
 
 
 class WeightedSum(torch.autograd.Function):
-    """w_0 t_0 + w_1 t_1 + …, called as (recompute, w_0, t_0, w_1, t_1, …); any weight but w_0 may be None for 1.
+    """w_0 t_0 + w_1 t_1 + …, called as (recompute, w_0, t_0, w_1, t_1, …); without recompute, w_1 … may be None for 1.
 
     Takes fewer passes over memory than autograd's own form: a product is added as it is made, and the gradient of a
     scalar weight is one dot product. With `recompute` the sum is kept for the backward pass in place of t_0.
@@ -34,15 +34,16 @@ class WeightedSum(torch.autograd.Function):
         y = weights[0] * terms[0].to(dtype)
         for weight, term in zip(weights[1:], terms[1:]):
             y = y.add_(term) if weight is None else y.addcmul_(weight, term)
-        return y
+        return y.to(dtype)
 
     @staticmethod
     def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
-        ctx.recompute, *args = inputs
+        recompute, *args = inputs
         ctx.save_for_forward(*args)
-        kept = [None if weight is None else term for weight, term in zip(args[::2], args[1::2])]
-        kept[0] = output if ctx.recompute else kept[0]
-        ctx.save_for_backward(*args[::2], *kept)
+        learned = ctx.needs_input_grad[1::2]  # a term is kept for the gradient of its weight
+        ctx.recompute = recompute and learned[0]
+        kept = [term if need or ctx.recompute else None for need, term in zip(learned, args[1::2])]
+        ctx.save_for_backward(*args[::2], *([output, *kept[1:]] if ctx.recompute else kept))
 
     @staticmethod
     def jvp(ctx, _, *tangents: Tensor | None) -> Tensor:
@@ -55,33 +56,36 @@ class WeightedSum(torch.autograd.Function):
         saved = list(ctx.saved_tensors)
         weights, terms = saved[: len(saved) // 2], saved[len(saved) // 2 :]
         if ctx.recompute:
-            rest = sum(weight * term for weight, term in zip(weights[1:], terms[1:]))
+            rest = sum(weight * term.to(terms[0].dtype) for weight, term in zip(weights[1:], terms[1:]))
             terms[0] = (terms[0] - rest) / weights[0]
-        order = sorted(range(grad.ndim), key=grad.stride, reverse=True)  # that of memory: flatten copies nothing
-        flat = grad.permute(order).flatten()
+        order = sorted(range(grad.ndim), key=grad.stride, reverse=True)  # that of memory: reshape copies nothing
         grads: list[Tensor | None] = [None]
-        for weight, term in zip(weights, terms):
-            if weight is None:
-                grads += [None, grad]
-            elif weight.ndim == 0:
-                grads += [torch.dot(flat, term.to(grad.dtype).permute(order).flatten()), weight * grad]
+        for i, (weight, term) in enumerate(zip(weights, terms)):
+            by_weight, by_term = ctx.needs_input_grad[2 * i + 1 : 2 * i + 3]
+            if not by_weight:
+                grads.append(None)
+            elif weight.ndim == 0 and grad.numel() < 2**31:  # CUDA's limit for dot
+                term = term.to(grad.dtype).permute(order).reshape(-1)
+                grads.append(torch.dot(grad.permute(order).reshape(-1), term))
             else:
-                grads += [(grad * term).sum_to_size(weight.shape), weight * grad]
+                grads.append((grad * term).sum_to_size(weight.shape))
+            grads.append((grad if weight is None else weight * grad) if by_term else None)
         return tuple(grads)
 
 
 def weighted_sum(*args: Tensor | None, recompute: bool = False) -> Tensor:
     # A compiler fuses the passes by itself, forward and backward.
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    compiled, differentiated = torch.compiler.is_compiling(), torch.is_grad_enabled()
+    if compiled or not differentiated or any(term.is_complex() for term in args[1::2]):
         return WeightedSum.forward(False, *args)
     return WeightedSum.apply(recompute, *args)
 
 
 def recoverable(alpha: Tensor, beta: Tensor, dtype: torch.dtype) -> bool:
-    """Whether f(x) can be had back from α f(x) + β x without a loss to rounding."""
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or dtype not in (torch.float32, torch.float64):
+    """Whether α is large enough, and the dtype exact enough, to have f(x) back from α f(x) + β x."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or alpha.is_meta:
         return False
-    return bool((8 * alpha.abs() >= beta.abs()).all())
+    return dtype in (torch.float32, torch.float64) and bool((8 * alpha.abs() > beta.abs()).all())
 
 
 class LAuReL(nn.Module):
@@ -108,10 +112,11 @@ class LAuReL(nn.Module):
         bound: one of the four above.
         scale: the factor in the table above; without effect for ``bound="none"``.
         channel_dim: where D stands: -1 for (…, D), 1 for (N, D, H, W). Matters only where ``dim`` is given.
-        recompute: keep the output for the backward pass, which has f(x) back from it, in place of
-            f(x). Saves memory where the next layer keeps its input anyway, as in a pre-norm model; the output must
-            not be changed in place then. f(x) is kept all the same where rounding would harm it: in half precision,
-            and where |α| < |β| / 8, which is looked up at each call, for which a GPU has to be waited for.
+        recompute: keep the output for the backward pass, which has f(x) back from it, in place of f(x). Saves memory
+            where the next layer keeps its input anyway, as in a pre-norm model; the output must not be changed in place
+            then. f(x) is kept all the same in half precision, and where |α| ≤ |β| / 8, which would multiply rounding
+            errors; this is looked up at each call, for which a GPU has to be waited for. Without effect where a
+            compiler chooses what is kept.
 
     Shape:
         - x, f(x): the same shape, any number of dimensions, with size D at ``channel_dim`` where ``dim`` is given.

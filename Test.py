@@ -254,10 +254,13 @@ EXAMPLES = f"""\
 models: {", ".join(MODELS)}
   lr@8 sets the rank, pa/5 sets k, rw+lr+pa@16/3 both; the defaults are 16 and 3
 
+longer training: one seed of residual ended at 88.1 % after the default 5 epochs, and, with all images at full size, at
+  89.9 % after 8 and 91.3 % after 14 (results/README.md has commands and machines)
+
 examples:
   python Test.py                                        residual, rw, lr and pa, one seed
   python Test.py --models residual rw+lr deeper --seeds 3
-  python Test.py --models residual --epochs 10          longer training, higher accuracy
+  python Test.py --models residual --epochs 13          longer training, higher accuracy
   python Test.py --dataset synthetic --epochs 2         no download, done in a minute
   python Test.py --profile                              time and memory of every residual connection
 """

@@ -199,6 +199,14 @@ class BlockProperties:
         assert "y" not in names or recompute
         assert sum(size for at, size in others.items() if at not in known) < 0.5 * y.untyped_storage().nbytes()
 
+    def test_frozen_weights_keep_no_activation_of_the_branch(self, variant):
+        block = self.make(self.variants[variant][0]).requires_grad_(False)
+        *xs, fx = (torch.randn(4, D, requires_grad=True) for _ in range(5))
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            y = self.call(block, xs, fx)
+        assert not {t.data_ptr() for t in kept} & {t.data_ptr() for t in (*xs, fx, y)}
+
     def test_an_activation_in_place_may_follow(self, variant):
         """As in many a ResNet; where the output is kept for the backward pass, it is an error and no wrong gradient."""
         options, _ = self.variants[variant]

@@ -66,3 +66,44 @@ def test_alpha_weighs_the_branch_and_beta_the_input():
     assert block.alpha == 3
     assert block.beta == 5
     np.testing.assert_array_equal(block(torch.zeros(2), torch.ones(2)).detach(), [3, 3])
+
+
+def gradient_of_w(block: LAuReL, x: torch.Tensor, fx: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+    return torch.autograd.grad(block(x, fx), block.w, grad)[0]
+
+
+def test_recomputing_loses_nothing_where_x_is_coarser_than_fx():
+    x, fx, grad = (30 * torch.randn(512, 64)).bfloat16(), torch.randn(512, 64), torch.randn(512, 64)
+    blocks = [LAuReL(bound="none", recompute=recompute) for recompute in (False, True)]
+    kept, recomputed = (gradient_of_w(block, x, fx, grad) for block in blocks)
+    torch.testing.assert_close(recomputed, kept, rtol=1e-3, atol=0.01)
+
+
+@pytest.mark.parametrize("dim", [None, D])
+def test_weights_of_zero_have_gradients(dim):
+    """A pruned channel: nothing can be had back from an output of zero, so f(x) is kept."""
+    block = LAuReL(dim=dim, bound="none", recompute=True)
+    torch.nn.init.zeros_(block.w)
+    x, fx, grad = torch.randn(3, 4, D)
+    torch.testing.assert_close(
+        gradient_of_w(block, x, fx, grad).view(2, -1).sum(1), torch.stack([fx, x]).mul(grad).sum((1, 2))
+    )
+
+
+@pytest.mark.parametrize("dim", [None, D])
+def test_complex_numbers_have_the_gradients_of_the_obvious_form(dim):
+    block = LAuReL(dim=dim, bound="none")
+    x, fx, grad = torch.randn(3, 4, D, dtype=torch.complex64)
+    plain = torch.autograd.grad(block.w[0] * fx + block.w[1] * x, block.w, grad)[0]
+    torch.testing.assert_close(gradient_of_w(block, x, fx, grad), plain)
+
+
+def test_a_single_number_keeps_its_dtype():
+    one = torch.tensor(1.0, dtype=torch.bfloat16)
+    assert LAuReL()(one, one).dtype == torch.bfloat16
+
+
+def test_gradients_can_be_taken_in_batches():
+    x, fx = torch.randn(2, 4, D)
+    jacobian = torch.autograd.functional.jacobian(lambda fx: LAuReL()(x, fx), fx, vectorize=True)
+    torch.testing.assert_close(jacobian.view(4 * D, 4 * D), torch.eye(4 * D))
