@@ -61,8 +61,9 @@ class WeightedSum(torch.autograd.Function):
         saved = list(ctx.saved_tensors)
         weights, terms = saved[: len(saved) // 2], saved[len(saved) // 2 :]
         if ctx.recompute:
-            rest = sum(weight * term.to(terms[0].dtype) for weight, term in zip(weights[1:], terms[1:]))
-            terms[0] = (terms[0] - rest) / weights[0]
+            for weight, term in zip(weights[1:], terms[1:]):
+                terms[0] = terms[0] - weight * term.to(terms[0].dtype)
+            terms[0] = terms[0] / weights[0]
         order = sorted(range(grad.ndim), key=grad.stride, reverse=True)  # that of memory: reshape copies nothing
         grads: list[Tensor | None] = [None]
         for i, (weight, term) in enumerate(zip(weights, terms)):

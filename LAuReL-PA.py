@@ -65,8 +65,9 @@ class WeightedSum(torch.autograd.Function):
         saved = list(ctx.saved_tensors)
         weights, terms = saved[: len(saved) // 2], saved[len(saved) // 2 :]
         if ctx.recompute:
-            rest = sum(weight * term.to(terms[0].dtype) for weight, term in zip(weights[1:], terms[1:]))
-            terms[0] = (terms[0] - rest) / weights[0]
+            for weight, term in zip(weights[1:], terms[1:]):
+                terms[0] = terms[0] - weight * term.to(terms[0].dtype)
+            terms[0] = terms[0] / weights[0]
         order = sorted(range(grad.ndim), key=grad.stride, reverse=True)  # that of memory: reshape copies nothing
         grads: list[Tensor | None] = [None]
         for i, (weight, term) in enumerate(zip(weights, terms)):
@@ -285,13 +286,13 @@ class LAuReL_PA(nn.Module):
         # γ and β are multiplied into what is small, A x and B: no weighted activation is kept for the backward pass.
         A = [self.A] * len(xs) if self.shared else self.A
         us = [F.linear(each.movedim(self.channel_dim, -1), a.to(each.dtype)) for each, a in zip(xs, A)]  # (…, r) each
-        scale = 1 if self.w is None else beta / alpha if recompute else beta
+        factor = 1 if self.w is None else beta / alpha if recompute else beta
         if self.shared:
-            u = sum(weight * each for weight, each in zip(gamma, us))  # (…, r)
-            B = scale * self.B
+            u = functools.reduce(torch.add, (weight * each for weight, each in zip(gamma, us)))  # (…, r)
+            B = factor * self.B
         else:
             u = torch.cat(us, dim=-1)  # (…, kr)
-            B = ((scale * gamma)[:, None, None] * self.B[: len(xs)]).movedim(0, 1).flatten(1)  # (D, kr)
+            B = ((factor * gamma)[:, None, None] * self.B[: len(xs)]).movedim(0, 1).flatten(1)  # (D, kr)
         if self.w is None:
             return self.add(x + fx, B, u)
         if recompute:

@@ -253,6 +253,7 @@ def whitening_filters(images: Tensor) -> Tensor:
 EXAMPLES = f"""\
 models: {", ".join(MODELS)}
   lr@8 sets the rank, pa/5 sets k, rw+lr+pa@16/3 both; the defaults are 16 and 3
+  in --profile's GPT the default rank is 32, and pa and rw+pa without a rank have h(x) = x, as in the paper's table 5
 
 longer training: one seed of residual ended at 88.1 % after the default 5 epochs, and, with all images at full size, at
   89.9 % after 8 and 91.3 % after 14 (results/README.md has commands and machines)
@@ -531,7 +532,7 @@ PAPER = {
 
 
 def networks(options: argparse.Namespace) -> Iterator[tuple[str, list[dict]]]:
-    """For each of two networks its name, and what every model of it costs."""
+    """The name of a network, and what every model of it costs."""
     dim, layers, length, batch = options.gpt
     images = TrainUtil.synthetic().train_images
 
@@ -543,15 +544,19 @@ def networks(options: argparse.Namespace) -> Iterator[tuple[str, list[dict]]]:
         tokens = torch.randint(GPT.vocabulary, (n, length), generator=torch.Generator().manual_seed(0))
         return tokens, tokens.roll(-1, dims=1)
 
-    models = {model.name: SmallCNN(model, 0, images, ARCHS[options.arch]) for model in options.models}
-    yield f"{options.arch} CNN, batch {options.batch_size}", measure(models, cnn_example, options.batch_size, options)
-    models = {model.name: GPT(model, dim, layers, length) for model in options.models}
-    weighted = [model for model in options.models if model.base.startswith("rw")]
-    models |= {f"{model.name}, recompute": GPT(model, dim, layers, length, recompute=True) for model in weighted}
-    yield (
-        f"GPT, D = {dim}, {layers} layers, length {length}, batch {batch}",
-        measure(models, gpt_example, batch, options),
-    )
+    if options.network != "gpt":
+        models = {model.name: SmallCNN(model, 0, images, ARCHS[options.arch]) for model in options.models}
+        name = f"{options.arch} CNN, batch {options.batch_size}"
+        yield name, measure(models, cnn_example, options.batch_size, options)
+    if options.network != "cnn":
+        models = {model.name: GPT(model, dim, layers, length) for model in options.models}
+        if not options.compile:  # a compiler chooses by itself what is kept
+            weighted = [model for model in options.models if model.base.startswith("rw")]
+            models |= {
+                f"{model.name}, recompute": GPT(model, dim, layers, length, recompute=True) for model in weighted
+            }
+        name = f"GPT, D = {dim}, {layers} layers, length {length}, batch {batch}"
+        yield name, measure(models, gpt_example, batch, options)
 
 
 def measure(models: dict[str, nn.Module], example: Callable, batch: int, options: argparse.Namespace) -> list[dict]:
@@ -568,8 +573,8 @@ def measure(models: dict[str, nn.Module], example: Callable, batch: int, options
         return F.cross_entropy(logits.float().flatten(0, -2), y.flatten())
 
     def step(model: nn.Module) -> None:
-        model.zero_grad()
         loss(model).backward()
+        model.zero_grad()  # or the gradients of all models would take memory at once
 
     @torch.inference_mode()
     def infer(model: nn.Module, x: Tensor) -> None:

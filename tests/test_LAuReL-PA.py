@@ -1,4 +1,5 @@
 import importlib
+import inspect
 import itertools
 from functools import partial
 
@@ -166,3 +167,11 @@ def test_earlier_activations_in_float32_leave_a_bfloat16_stream_bfloat16():
         block = randomize(LAuReL_PA(D, rank=rank))
         xs = [torch.randn(4, D), torch.randn(4, D, dtype=torch.bfloat16)]
         assert block(xs, xs[-1]).dtype == torch.bfloat16
+
+
+def test_the_text_that_the_files_share_is_the_same():
+    """Each file stands alone, so that the weighted sum stands in all three; none may go its own way."""
+    modules = [importlib.import_module(name) for name in ("LAuReL", "LAuReL-LR", "LAuReL-PA")]
+    for name in ("WeightedSum", "weighted_sum", "recoverable"):
+        assert len({inspect.getsource(getattr(module, name)) for module in modules}) == 1, name
+    assert inspect.getsource(modules[1].LAuReL_LR.weights) == inspect.getsource(modules[2].LAuReL_PA.weights)

@@ -272,6 +272,21 @@ def test_profile_measures_every_model_in_the_same_rounds(profiled):
     assert gpt[1]["saved_bytes"] > 1.05 * gpt[0]["saved_bytes"]
 
 
+@pytest.mark.parametrize(
+    ("chosen", "measured"), [("both", ["small CNN", "GPT"]), ("cnn", ["small CNN"]), ("gpt", ["GPT"])]
+)
+@pytest.mark.parametrize("compile", [False, True])
+def test_profile_measures_the_networks_that_are_asked_for(chosen, measured, compile, tmp_path, monkeypatch):
+    monkeypatch.setattr(Test, "measure", lambda models, example, batch, options: list(models))
+    options = Test.parse(["--profile", "--network", chosen, "--gpt", "64", "1", "8", "2", "--out", str(tmp_path)])
+    options.compile = compile
+    measure = {network.split(",")[0]: names for network, names in Test.networks(options)}
+    assert list(measure) == measured
+    for network, names in measure.items():
+        assert [name for name in names if "recompute" not in name] == list(MODELS)
+        assert any("recompute" in name for name in names) == (network == "GPT" and not compile)
+
+
 def test_profile_shows_medians_of_ratios_within_a_round():
     base = {"model": "residual", "parameters": 9, "flops": 2e9, "saved_bytes": 4e6, "peak_bytes": None}
     other = {**base, "model": "rw", "parameters": 10, "flops": 3e9, "saved_bytes": 5e6}
