@@ -7,6 +7,7 @@ import argparse
 import csv
 import importlib
 import json
+import multiprocessing
 import platform
 import re
 import statistics
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -306,6 +308,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--epochs", type=count, default=default.epochs, metavar="N", help="(default: %(default)s)")
     add("--batch-size", type=count, default=default.batch_size, metavar="N", help="(default: %(default)s)")
     add("--seeds", type=count, default=1, metavar="N", help="train every model with seeds 0 to N-1 (default: 1)")
+    add("--parallel", type=count, default=1, metavar="N", help="train N at a time, side by side (default: 1)")
     add("--device", type=device, default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     add("--precision", choices=("auto", "float32", "bfloat16"), default="auto", help="(default: the device's fastest)")
     add("--compile", action="store_true", help="compile the model with torch.compile; its time is reported apart")
@@ -366,30 +369,26 @@ def configuration(options: argparse.Namespace) -> dict:
 class Monitor:
     """What runs now and how long it will take: one moving line in a terminal, a line an epoch elsewhere."""
 
-    def __init__(self, runs: int, epochs: int) -> None:
-        self.runs, self.epochs = runs, epochs
+    def __init__(self, titles: list[str], epochs: int) -> None:
+        self.titles, self.epochs = titles, epochs
+        self.done, self.tested = [0.0] * len(titles), [0] * len(titles)  # the part of each run; its epochs
         self.plain = not rich.get_console().is_terminal
         self.bar = Progress(TextColumn("{task.description}"), BarColumn(20), transient=True, disable=self.plain)
-        self.task = self.bar.add_task("", total=runs)
+        self.task = self.bar.add_task("", total=len(titles))
         self.start = time.perf_counter()
 
-    def reporter(self, run: int, title: str) -> Callable[[float, int, float, list[dict]], None]:
-        tested = 0
-
-        def report(work: float, images: int, seconds: float, history: list[dict]) -> None:
-            nonlocal tested
-            left = (time.perf_counter() - self.start) * (self.runs / (run + work) - 1)
-            epoch_ended, tested = len(history) > tested, len(history)
-            epoch = len(history) + (0 if epoch_ended else 1)
-            text = f"[{run + 1}/{self.runs}] {title}, epoch {epoch}/{self.epochs}"
-            if history:
-                text += f", loss {history[-1]['train_loss']:.3f}, accuracy {100 * history[-1]['test_accuracy']:.2f} %"
-            text += f", {images / seconds:.0f} images/s, {left // 60:.0f}:{left % 60:02.0f} min left"
-            self.bar.update(self.task, completed=run + work, description=text)
-            if self.plain and epoch_ended:
-                print(text, flush=True)
-
-        return report
+    def report(self, run: int, work: float, images: int, seconds: float, history: list[dict]) -> None:
+        self.done[run] = work
+        left = (time.perf_counter() - self.start) * (len(self.done) / sum(self.done) - 1)
+        epoch_ended, self.tested[run] = len(history) > self.tested[run], len(history)
+        epoch = len(history) + (0 if epoch_ended else 1)
+        text = f"[{run + 1}/{len(self.titles)}] {self.titles[run]}, epoch {epoch}/{self.epochs}"
+        if history:
+            text += f", loss {history[-1]['train_loss']:.3f}, accuracy {100 * history[-1]['test_accuracy']:.2f} %"
+        text += f", {images / seconds:.0f} images/s, {left // 60:.0f}:{left % 60:02.0f} min left"
+        self.bar.update(self.task, completed=sum(self.done), description=text)
+        if self.plain and epoch_ended:
+            print(text, flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -434,6 +433,7 @@ def title(config: dict) -> str:
             f"{config['training_images']:,} training images",
             f"{epochs} epoch{'s' * (epochs > 1)}",
             f"{config['device_name']}, {config['precision']}",
+            *([f"{config['parallel']} runs at a time"] if config["parallel"] > 1 else []),
             "one seed" if seeds == 1 else f"{seeds} seeds: mean ± standard deviation",
         ]
     )
@@ -645,6 +645,7 @@ def profile_table(config: dict, network: str, costs: list[dict]) -> Table:
 
 
 def profile(options: argparse.Namespace) -> int:
+    TrainUtil.keep_memory()
     config, found = configuration(options), {}
     try:
         for network, costs in networks(options):
@@ -664,8 +665,55 @@ def profile(options: argparse.Namespace) -> int:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def train_one(
+    model: Model,
+    seed: int,
+    data: TrainUtil.Dataset,
+    recipe: TrainUtil.Recipe,
+    options: argparse.Namespace,
+    report: Callable = lambda *so_far: None,
+) -> dict:
+    """The entry in results.json of one model with one seed."""
+    TrainUtil.keep_memory()
+    torch.backends.cudnn.deterministic = True
+    network = SmallCNN(model, seed, data.train_images, ARCHS[options.arch])
+    settings = {"precision": options.precision, "compile": options.compile, "report": report}
+    measured = TrainUtil.train(network, data.to(options.device), recipe, seed, **settings)
+    parameters = sum(p.numel() for p in network.parameters())
+    return {"model": model.name, "seed": seed, "parameters": parameters, **measured, "learned": network.learned()}
+
+
+def train_all(
+    pairs: list[tuple[Model, int]],
+    data: TrainUtil.Dataset,
+    recipe: TrainUtil.Recipe,
+    options: argparse.Namespace,
+    monitor: Monitor,
+) -> Iterator[tuple[int, dict]]:
+    """The number of each pair and its entry, as they finish; `--parallel` at a time, each in a process of its own."""
+    if options.parallel == 1:
+        data = data.to(options.device)
+        for i, pair in enumerate(pairs):
+            yield i, train_one(*pair, data, recipe, options, partial(monitor.report, i))
+        return
+    threads = max(1, torch.get_num_threads() // options.parallel)
+    workers = {"mp_context": multiprocessing.get_context("spawn"), "initializer": torch.set_num_threads}
+    with ProcessPoolExecutor(options.parallel, **workers, initargs=(threads,)) as pool:
+        try:
+            futures = {pool.submit(train_one, *pair, data, recipe, options): i for i, pair in enumerate(pairs)}
+            for future in as_completed(futures):
+                i, run = futures[future], future.result()
+                monitor.report(i, 1.0, recipe.images(len(data.train_labels)), run["train_seconds"], run["history"])
+                yield i, run
+        except BaseException:  # the pool would wait for what it has begun
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
+
+
 def compare(options: argparse.Namespace) -> int:
     recipe = TrainUtil.Recipe(epochs=options.epochs, batch_size=options.batch_size)
+    finished: dict[int, dict] = {}
     runs: list[dict] = []
     code = 0
     try:
@@ -679,19 +727,12 @@ def compare(options: argparse.Namespace) -> int:
             "test_images": len(data.test_labels),
             "recipe": asdict(recipe),
         }
-        data = data.to(options.device)
-        torch.backends.cudnn.deterministic = True
-        pairs = [(seed, model) for seed in range(options.seeds) for model in options.models]
-        monitor = Monitor(len(pairs), recipe.epochs)
+        pairs = [(model, seed) for seed in range(options.seeds) for model in options.models]
+        monitor = Monitor([f"{model.name}, seed {seed}" for model, seed in pairs], recipe.epochs)
         with monitor.bar:
-            for i, (seed, model) in enumerate(pairs):
-                network = SmallCNN(model, seed, data.train_images, ARCHS[options.arch])
-                report = monitor.reporter(i, f"{model.name}, seed {seed}")
-                settings = {"precision": options.precision, "compile": options.compile, "report": report}
-                measured = TrainUtil.train(network, data, recipe, seed, **settings)
-                parameters = sum(p.numel() for p in network.parameters())
-                run = {"model": model.name, "seed": seed, "parameters": parameters}
-                runs.append({**run, **measured, "learned": network.learned()})
+            for i, run in train_all(pairs, data, recipe, options, monitor):
+                finished[i] = run
+                runs = [finished[i] for i in sorted(finished)]
                 write_results(options.out, config, runs)
     except TrainUtil.DataError as error:
         print(error, file=sys.stderr)

@@ -309,6 +309,22 @@ def test_the_same_command_gives_the_same_numbers(finished, tmp_path):
     assert again["learned"] == before["learned"]
 
 
+def test_runs_side_by_side_give_the_numbers_of_one_after_the_other(tmp_path):
+    """On a CPU with the same number of threads a run, as another number of threads adds up in another order."""
+    results = {}
+    for n in ("1", "2"):
+        options = ("--models", "residual", "pa", "--seeds", "2", "--parallel", n, "--out", str(tmp_path / n))
+        done = run(*SYNTHETIC, *options, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr
+        results[n] = json.loads((tmp_path / n / "results.json").read_text())["runs"]
+        assert len(re.findall(r"^\[[1-4]/4\] .* epoch 1/1", done.stdout, flags=re.MULTILINE)) == 4
+    assert "2 runs at a time" in done.stdout
+    for mine, theirs in zip(results["2"], results["1"]):
+        for key in ("model", "seed", "test_accuracy", "learned"):
+            assert mine[key] == theirs[key]
+        assert mine["history"][0]["train_loss"] == theirs["history"][0]["train_loss"]
+
+
 @pytest.mark.parametrize(
     ("options", "parts"),
     [
@@ -363,9 +379,11 @@ def test_no_data_ends_with_what_was_tried(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
-def test_interrupting_keeps_what_has_finished(tmp_path):
+@pytest.mark.parametrize("parallel", ["1", "2"])
+def test_interrupting_keeps_what_has_finished(parallel, tmp_path):
     out = tmp_path / "out"
-    command = [sys.executable, str(ROOT / "Test.py"), *SYNTHETIC, "--seeds", "500", "--out", str(out)]
+    options = ("--seeds", "500", "--parallel", parallel, "--out", str(out))
+    command = [sys.executable, str(ROOT / "Test.py"), *SYNTHETIC, *options]
     heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background job starts by ignoring it
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "encoding": "utf-8"}
     process = subprocess.Popen(command, preexec_fn=heed, **pipes)
@@ -379,10 +397,9 @@ def test_interrupting_keeps_what_has_finished(tmp_path):
         process.kill()
     assert process.returncode == 130, stderr
     runs = json.loads((out / "results.json").read_text())["runs"]
-    assert runs[0]["model"] == "residual"
     assert f"{len(runs)} runs have finished" in stderr
     assert "Traceback" not in stderr
-    assert "│ residual" in stdout
+    assert f"│ {runs[0]['model']}" in stdout
     assert sorted(path.name for path in out.iterdir()) == ["accuracy.png", "learned.png", "results.csv", "results.json"]
 
 

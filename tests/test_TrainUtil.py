@@ -4,9 +4,11 @@ import http.server
 import io
 import json
 import pickle
+import platform
 import shutil
 import socket
 import stat
+import subprocess
 import sys
 import tarfile
 import threading
@@ -469,6 +471,29 @@ def test_every_trainable_parameter_is_in_one_optimizer_without_weight_decay():
     params = [id(p) for group in groups for p in group["params"]]
     assert sorted(params) == sorted(id(p) for p in model.parameters() if p.requires_grad)
     assert all(group.get("weight_decay", 0) == 0 for group in groups)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told to keep memory")
+def test_freed_memory_is_kept_for_the_next_step():
+    program = """if True:
+        import resource, sys, torch, TrainUtil
+
+        def page_faults():
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            for _ in range(20):
+                torch.ones(4_000_000)
+            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+        given_back = page_faults()
+        TrainUtil.keep_memory()
+        page_faults()
+        print(given_back, page_faults())
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=Path(TrainUtil.__file__).parent, check=True
+    )
+    given_back, kept = map(int, done.stdout.split())
+    assert kept < given_back / 10
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
