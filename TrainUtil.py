@@ -347,7 +347,7 @@ def orthogonalize(matrix: Tensor, steps: int = 3) -> Tensor:
     X = matrix.bfloat16() / (matrix.norm() + 1e-7)
     for _ in range(steps):
         XXt = X @ X.mT
-        X = 3.4445 * X + (-4.7750 * XXt + 2.0315 * XXt @ XXt) @ X
+        X = torch.addmm(X, torch.addmm(XXt, XXt, XXt, beta=-4.7750, alpha=2.0315), X, beta=3.4445)
     return X.to(matrix.dtype)
 
 

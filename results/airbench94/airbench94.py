@@ -68,6 +68,7 @@ def optimizer(model: nn.Module, batch_size: int) -> torch.optim.SGD:
 
 
 def main(epochs: int, data_dir: Path) -> None:
+    TrainUtil.keep_memory()
     torch.manual_seed(0)
     data = TrainUtil.load_cifar10(data_dir)
     device, precision = torch.device("cpu"), TrainUtil.default_precision(torch.device("cpu"))
@@ -116,7 +117,7 @@ def main(epochs: int, data_dir: Path) -> None:
         print(f"epoch {epoch + 1}: {100 * history[-1]['test_accuracy']:.2f} % after {seconds:.1f} s", flush=True)
     config = {"epochs": epochs, "precision": precision, "device_name": TrainUtil.device_name(device)}
     results = {"config": {**config, "torch": torch.__version__}, "history": history}
-    (Path(__file__).parent / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    (Path(__file__).parent / f"{epochs}-epochs.json").write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":
