@@ -47,7 +47,7 @@ class Scale(nn.Module):
 
 def network(images: Tensor) -> nn.Sequential:
     whitening = nn.Conv2d(3, 24, 2)
-    whitening.weight = nn.Parameter(Test.whitening_filters(images), requires_grad=False)
+    whitening.weight = nn.Parameter(Test.whitening_filters(images, 24), requires_grad=False)
     nn.init.zeros_(whitening.bias)
     groups = [layer for sizes in ((24, 64), (64, 256), (256, 256)) for layer in group(*sizes)]
     head = [nn.MaxPool2d(3), nn.Flatten(), nn.Linear(256, 10, bias=False), Scale()]
