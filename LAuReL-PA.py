@@ -14,10 +14,8 @@ ICML 2025 (arXiv 2411.07501). This file needs torch alone: copy it into your pro
                                                      # self.residual = LAuReL_PA(D), or LAuReL_PA(D, channel_dim=1)
 """
 
-import functools
 import math
 from collections.abc import Sequence
-from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -27,73 +25,38 @@ BOUNDS = ("softmax", "sigmoid", "single", "none")
 INITS = ("xavier", "orthogonal")
 
 
-class WeightedSum(torch.autograd.Function):
-    """w_0 t_0 + w_1 t_1 + …, called as (recompute, w_0, t_0, w_1, t_1, …); without recompute, w_1 … may be None for 1.
+def weighted_sum(alpha: Tensor, t: Tensor, beta: Tensor, x: Tensor) -> Tensor:
+    dtype = torch.promote_types(t.dtype, x.dtype)
+    return torch.addcmul(beta * x.to(dtype), alpha, t).to(dtype)
 
-    Takes fewer passes over memory than autograd's own form: a product is added as it is made, and the gradient of a
-    scalar weight is one dot product. With `recompute` the sum is kept for the backward pass in place of t_0.
-    """
+
+class Recompute(torch.autograd.Function):
+    """α t + β x, keeping the sum for the backward pass in place of t, which is had back from it: (sum − β x) / α."""
 
     generate_vmap_rule = True
+    forward = staticmethod(weighted_sum)
 
     @staticmethod
-    def forward(recompute: bool, *args: Tensor | None) -> Tensor:
-        weights, terms = args[::2], args[1::2]
-        dtype = functools.reduce(torch.promote_types, (term.dtype for term in terms))
-        y = weights[0] * terms[0].to(dtype)
-        for weight, term in zip(weights[1:], terms[1:]):
-            y = y.add_(term) if weight is None else y.addcmul_(weight, term)
-        return y.to(dtype)
+    def setup_context(ctx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        alpha, _, beta, x = inputs
+        ctx.save_for_backward(alpha, beta, x, output)
+        ctx.save_for_forward(*inputs)
 
     @staticmethod
-    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
-        recompute, *args = inputs
-        ctx.save_for_forward(*args)
-        learned = ctx.needs_input_grad[1::2]  # a term is kept for the gradient of its weight
-        ctx.recompute = recompute and learned[0]
-        kept = [term if need or ctx.recompute else None for need, term in zip(learned, args[1::2])]
-        ctx.save_for_backward(*args[::2], *([output, *kept[1:]] if ctx.recompute else kept))
+    def jvp(ctx, *tangents: Tensor | None) -> Tensor:
+        alpha, t, beta, x = ctx.saved_tensors
+        return sum(tangent * other for tangent, other in zip(tangents, (t, alpha, x, beta)) if tangent is not None)
 
     @staticmethod
-    def jvp(ctx, _, *tangents: Tensor | None) -> Tensor:
-        by_term = [t if w is None else w * t for w, t in zip(ctx.saved_tensors[::2], tangents[1::2]) if t is not None]
-        by_weight = [w * t for w, t in zip(tangents[::2], ctx.saved_tensors[1::2]) if w is not None]
-        return sum(by_term + by_weight)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        saved = list(ctx.saved_tensors)
-        weights, terms = saved[: len(saved) // 2], saved[len(saved) // 2 :]
-        if ctx.recompute:
-            for weight, term in zip(weights[1:], terms[1:]):
-                terms[0] = terms[0] - weight * term.to(terms[0].dtype)
-            terms[0] = terms[0] / weights[0]
-        order = sorted(range(grad.ndim), key=grad.stride, reverse=True)  # that of memory: reshape copies nothing
-        grads: list[Tensor | None] = [None]
-        for i, (weight, term) in enumerate(zip(weights, terms)):
-            by_weight, by_term = ctx.needs_input_grad[2 * i + 1 : 2 * i + 3]
-            if not by_weight:
-                grads.append(None)
-            elif weight.ndim == 0 and grad.numel() < 2**31:  # CUDA's limit for dot
-                term = term.to(grad.dtype).permute(order).reshape(-1)
-                grads.append(torch.dot(grad.permute(order).reshape(-1), term))
-            else:
-                grads.append((grad * term).sum_to_size(weight.shape))
-            grads.append((grad if weight is None else weight * grad) if by_term else None)
-        return tuple(grads)
-
-
-def weighted_sum(*args: Tensor | None, recompute: bool = False) -> Tensor:
-    # A compiler fuses the passes by itself, forward and backward.
-    compiled, differentiated = torch.compiler.is_compiling(), torch.is_grad_enabled()
-    if compiled or not differentiated or any(term.is_complex() for term in args[1::2]):
-        return WeightedSum.forward(False, *args)
-    return WeightedSum.apply(recompute, *args)
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, ...]:
+        alpha, beta, x, y = ctx.saved_tensors
+        t = (y - beta * x.to(y.dtype)) / alpha
+        return (grad * t).sum_to_size(alpha.shape), alpha * grad, (grad * x).sum_to_size(beta.shape), beta * grad
 
 
 def recoverable(alpha: Tensor, beta: Tensor, dtype: torch.dtype) -> bool:
-    """Whether α is large enough, and the dtype exact enough, to have f(x) back from α f(x) + β x."""
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or alpha.is_meta:
+    """Whether α is learned and large enough, and the dtype exact enough, to have t back from α t + β x."""
+    if torch.compiler.is_compiling() or not alpha.requires_grad or alpha.is_meta:
         return False
     return dtype in (torch.float32, torch.float64) and bool((8 * alpha.abs() > beta.abs()).all())
 
@@ -274,21 +237,24 @@ class LAuReL_PA(nn.Module):
         recompute = self.recompute and self.w is not None
         if recompute:
             recompute = recoverable(alpha, beta if self.rank is not None else beta * (1 + gamma.abs().sum()), dtype)
-        if self.rank is None:
-            weights = [1 + gamma[0], *gamma[1:]]  # x_i + Σ γ_j x_{i-j} = (1 + γ_0) x_i + γ_1 x_{i-1} + …
+        factor = 1 if self.w is None else beta / alpha if recompute else beta
+        if self.rank is None:  # x_i + Σ γ_j x_{i-j} = (1 + γ_0) x_i + γ_1 x_{i-1} + …
             if self.w is None:
-                y = weighted_sum(*chain(*zip(weights, xs)), None, fx)
+                y = torch.addcmul(fx, 1 + gamma[0], x)
             else:
-                weights = [beta * weight for weight in weights]
-                y = weighted_sum(alpha, fx, *chain(*zip(weights, xs)), recompute=recompute)
-            return y.to(dtype)  # an earlier activation may be float32 where x_i and f(x_i) are bfloat16
+                y = fx if recompute else weighted_sum(alpha, fx, beta * (1 + gamma[0]), x)
+            for weight, each in zip(factor * gamma[1:], xs[1:]):
+                y = torch.addcmul(y, weight, each)
+            y = y.to(dtype)  # an earlier activation may be float32 where x_i and f(x_i) are bfloat16
+            return Recompute.apply(alpha, y, beta * (1 + gamma[0]), x) if recompute else y
 
         # γ and β are multiplied into what is small, A x and B: no weighted activation is kept for the backward pass.
         A = [self.A] * len(xs) if self.shared else self.A
         us = [F.linear(each.movedim(self.channel_dim, -1), a.to(each.dtype)) for each, a in zip(xs, A)]  # (…, r) each
-        factor = 1 if self.w is None else beta / alpha if recompute else beta
         if self.shared:
-            u = functools.reduce(torch.add, (weight * each for weight, each in zip(gamma, us)))  # (…, r)
+            u = gamma[0] * us[0]  # (…, r)
+            for weight, each in zip(gamma[1:], us[1:]):
+                u = torch.addcmul(u, weight, each)
             B = factor * self.B
         else:
             u = torch.cat(us, dim=-1)  # (…, kr)
@@ -296,7 +262,7 @@ class LAuReL_PA(nn.Module):
         if self.w is None:
             return self.add(x + fx, B, u)
         if recompute:
-            return weighted_sum(alpha, self.add(fx.to(dtype), B, u), beta, x, recompute=True)
+            return Recompute.apply(alpha, self.add(fx.to(dtype), B, u), beta, x)
         return self.add(weighted_sum(alpha, fx, beta, x), B, u)
 
     def extra_repr(self) -> str:

@@ -172,6 +172,6 @@ def test_earlier_activations_in_float32_leave_a_bfloat16_stream_bfloat16():
 def test_the_text_that_the_files_share_is_the_same():
     """Each file stands alone, so that the weighted sum stands in all three; none may go its own way."""
     modules = [importlib.import_module(name) for name in ("LAuReL", "LAuReL-LR", "LAuReL-PA")]
-    for name in ("WeightedSum", "weighted_sum", "recoverable"):
+    for name in ("weighted_sum", "Recompute", "recoverable"):
         assert len({inspect.getsource(getattr(module, name)) for module in modules}) == 1, name
     assert inspect.getsource(modules[1].LAuReL_LR.weights) == inspect.getsource(modules[2].LAuReL_PA.weights)
