@@ -18,12 +18,13 @@ BOUNDS = ("softmax", "sigmoid", "single", "none")
 
 
 def weighted_sum(alpha: Tensor, t: Tensor, beta: Tensor, x: Tensor) -> Tensor:
+    """α t + β x, with the dtype of t + x."""
     dtype = torch.promote_types(t.dtype, x.dtype)
     return torch.addcmul(beta * x.to(dtype), alpha, t).to(dtype)
 
 
 class Recompute(torch.autograd.Function):
-    """α t + β x, keeping the sum for the backward pass in place of t, which is had back from it: (sum − β x) / α."""
+    """weighted_sum, but the backward pass has t back from the sum, (sum − β x) / α, so that t need not be kept."""
 
     generate_vmap_rule = True
     forward = staticmethod(weighted_sum)

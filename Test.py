@@ -414,6 +414,7 @@ def summarize(runs: list[dict]) -> list[dict]:
                 "difference": [100 * (run["test_accuracy"] - base["test_accuracy"]) for run, base in paired],
                 "seconds": [run["train_seconds"] for run in mine],
                 "images_per_second": [run["images_per_second"] for run in mine],
+                "compile_seconds": [run["compile_seconds"] for run in mine],
             }
         )
     return summary
@@ -444,7 +445,8 @@ def title(config: dict) -> str:
 def table(config: dict, runs: list[dict]) -> Table:
     caution = "One seed shows little: repeat with --seeds 5 or more." if config["seeds"] == 1 else None
     result = Table("model", title=title(config), caption=caution)
-    for name in ("parameters", "added %", "test accuracy %", "difference to residual", "training s", "images/s"):
+    columns = ["parameters", "added %", "test accuracy %", "difference to residual", "training s", "images/s"]
+    for name in columns + ["compilation s"] * config["compile"]:
         result.add_column(name, justify="right")
     for entry in summarize(runs):
         result.add_row(
@@ -455,6 +457,7 @@ def table(config: dict, runs: list[dict]) -> Table:
             spread(entry["difference"], "+.2f"),
             spread(entry["seconds"], ".1f"),
             spread(entry["images_per_second"], ".0f"),
+            *[spread(entry["compile_seconds"], ".1f")] * config["compile"],
         )
     return result
 

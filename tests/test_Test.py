@@ -233,6 +233,15 @@ def test_the_table_is_that_of_the_results(finished):
         assert str(out / name) in done.stdout.replace("\n", "")
 
 
+def test_compilation_is_shown_apart_from_training(finished):
+    results = json.loads((finished[1] / "results.json").read_text())
+    runs = [{**one, "train_seconds": 1.0, "compile_seconds": 20.0} for one in results["runs"]]
+    for compile in (False, True):
+        columns = {c.header: list(c.cells) for c in Test.table({**results["config"], "compile": compile}, runs).columns}
+        assert columns["training s"][0] == "1.0 ± 0.0"
+        assert columns.get("compilation s", [None])[0] == ("20.0 ± 0.0" if compile else None)
+
+
 def test_plain_lines_where_the_output_is_no_terminal(finished):
     lines = [line for line in finished[0].stdout.splitlines() if line.startswith("[")]
     assert len(lines) == 6
