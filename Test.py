@@ -102,7 +102,7 @@ class Residual(nn.Module):
         return x + fx
 
 
-ARCHS = {"small": (32, 64, 128), "wide": (64, 256, 256)}  # channels of the three stages
+ARCHS = {"small": (32, 64, 128), "medium": (64, 128, 256), "wide": (64, 256, 256)}  # channels of the three stages
 
 
 class SmallCNN(nn.Module):
@@ -307,7 +307,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--models", nargs="+", type=Model.parse, metavar="MODEL", help="(default: residual rw lr pa; --profile: all)")
-    add("--arch", choices=ARCHS, default="small", help="wide: 64, 256 and 256 channels, for a GPU (default: small)")
+    add("--arch", choices=ARCHS, default="small", help="medium: twice as wide, for longer training (default: small)")
     add("--epochs", type=count, default=default.epochs, metavar="N", help="(default: %(default)s)")
     add("--batch-size", type=count, default=default.batch_size, metavar="N", help="(default: %(default)s)")
     add("--seeds", type=count, default=1, metavar="N", help="train every model with seeds 0 to N-1 (default: 1)")
