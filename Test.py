@@ -307,7 +307,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--models", nargs="+", type=Model.parse, metavar="MODEL", help="(default: residual rw lr pa; --profile: all)")
-    add("--arch", choices=ARCHS, default="small", help="medium: twice as wide, for longer training (default: small)")
+    add("--arch", choices=ARCHS, default="small", help="medium for longer training, wide for a GPU (default: small)")
     add("--epochs", type=count, default=default.epochs, metavar="N", help="(default: %(default)s)")
     add("--batch-size", type=count, default=default.batch_size, metavar="N", help="(default: %(default)s)")
     add("--seeds", type=count, default=1, metavar="N", help="train every model with seeds 0 to N-1 (default: 1)")
