@@ -7,24 +7,33 @@ import argparse
 import csv
 import importlib
 import json
+import math
 import multiprocessing
+import os
 import platform
 import re
+import shutil
 import statistics
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 
+import filelock
 import rich
+import rich.box
 import torch
 import torch.nn.functional as F
 import torchvision
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from torch import Tensor, nn
@@ -40,31 +49,42 @@ LAuReL_PA = importlib.import_module("LAuReL-PA").LAuReL_PA
 # ---------------------------------------------------------------------------------------------------------------------
 
 MODELS = ("residual", "rw", "lr", "pa", "rw+lr", "rw+pa", "rw+lr+pa", "deeper")
+ARGUMENTS = ("dim", "rank", "shared", "init", "bound", "scale")  # a block's, that a model's name may set
 
 
 @dataclass(frozen=True)
 class Model:
-    """A model's name, such as rw+lr+pa@16/3, taken apart."""
+    """A model's name, such as rw+lr+pa@16/3 or rw:scale=1,decay=0.1, taken apart."""
 
     name: str
     base: str
     rank: int | None = None  # None: what the network has by default
     k: int = 3
+    arguments: dict = field(default_factory=dict)  # of the block
+    decay: float = 0.0  # weight decay on the block's parameters
 
     @staticmethod
     def parse(name: str) -> "Model":
-        match = re.fullmatch(r"([a-z+]+)(?:@([1-9]\d*))?(?:/([1-9]\d*))?", name)
-        base, rank, k = match.groups() if match else (None, None, None)
+        match = re.fullmatch(r"([a-z+]+)(?:@([1-9]\d*))?(?:/([1-9]\d*))?(?::(.+))?", name)
+        base, rank, k, rest = match.groups() if match else (None, None, None, None)
         if base not in MODELS:
             raise argparse.ArgumentTypeError(
                 f"unknown model {name!r}; allowed are {', '.join(MODELS)}, with @RANK after lr or pa and /K after pa, "
-                "both at least 1, as in lr@8, pa/5, rw+lr+pa@16/3"
+                "both at least 1, as in lr@8, pa/5, rw+lr+pa@16/3, and then a block's arguments, as in rw:scale=1"
             )
         if rank and "lr" not in base and "pa" not in base:
             raise argparse.ArgumentTypeError(f"{name!r}: {base} has no rank; @RANK goes with lr and pa")
         if k and "pa" not in base:
             raise argparse.ArgumentTypeError(f"{name!r}: {base} has no k; /K goes with pa")
-        return Model(name, base, int(rank) if rank else None, int(k or 3))
+        arguments = dict(argument(text) for text in rest.split(",")) if rest else {}
+        decay = arguments.pop("decay", 0.0)
+        model = Model(name, base, int(rank) if rank else None, int(k or 3), arguments, decay)
+        try:
+            if rest and not list(model.residual(8, available=1, channel_dim=1).parameters()):
+                raise ValueError(f"{base} has no arguments")
+        except (TypeError, ValueError) as error:
+            raise argparse.ArgumentTypeError(f"{name!r}: {error}") from None
+        return model
 
     def residual(
         self,
@@ -81,18 +101,38 @@ class Model:
         rank and pa_rank, the latter for pa and rw+pa, are the ranks where the name gives none; None: h(x) = x.
         """
         k = min(self.k, available)  # a γ for an activation that is never there would not be trained
-        common = {"channel_dim": channel_dim, "recompute": recompute}
-        options = {"residual_weights": self.base.startswith("rw+"), **common}
+        given = {name: dim if value == "D" else value for name, value in self.arguments.items()}
+        options = {"channel_dim": channel_dim, "recompute": recompute, **given}
+        if self.base == "rw":
+            return LAuReL(**options)
+        options["residual_weights"] = self.base.startswith("rw+")
         match self.base:
-            case "rw":
-                return LAuReL(**common)
             case "lr" | "rw+lr":
-                return LAuReL_LR(dim, self.rank or rank, **options)
+                return LAuReL_LR(dim, **{"rank": self.rank or rank, **options})
             case "pa" | "rw+pa":
-                return LAuReL_PA(dim, k, self.rank or pa_rank, **options)
+                return LAuReL_PA(dim, k, **{"rank": self.rank or pa_rank, **options})
             case "rw+lr+pa":  # eq. 6: a low-rank pair for each activation
-                return LAuReL_PA(dim, k, self.rank or rank, shared=False, **options)
+                return LAuReL_PA(dim, k, **{"rank": self.rank or rank, "shared": False, **options})
         return Residual()
+
+
+def argument(text: str) -> tuple[str, object]:
+    """NAME=VALUE of a block's argument, or decay=VALUE."""
+    name, _, value = text.partition("=")
+    constants = {"true": True, "false": False, "none": None}
+    if name not in (*ARGUMENTS, "decay") or not value or (name == "shared" and value not in ("true", "false")):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no argument of a block; allowed are bound=, scale=, dim=D (α and β for each channel), "
+            "init=, rank=none (the identity for h), shared=true or false, and decay= for weight decay on its parameters"
+        )
+    if value in constants:
+        return name, constants[value]
+    with suppress(ValueError):
+        number = float(value)
+        if name == "decay" and not 0 <= number < math.inf:
+            raise argparse.ArgumentTypeError(f"decay must be at least 0 and finite, got {value}")
+        return name, int(value) if value.isdecimal() else number
+    return name, value
 
 
 class Residual(nn.Module):
@@ -102,7 +142,20 @@ class Residual(nn.Module):
         return x + fx
 
 
-ARCHS = {"small": (32, 64, 128), "medium": (64, 128, 256), "wide": (64, 256, 256)}  # channels of the three stages
+# The channels of the small CNN's three stages, or the residual layers in each stage of a CIFAR ResNet
+ARCHS = {
+    "small": (32, 64, 128),
+    "medium": (64, 128, 256),
+    "wide": (64, 256, 256),
+    "resnet20": 3,
+    "resnet32": 5,
+    "resnet56": 9,
+}
+
+
+def network(arch: str, model: Model, seed: int, images: Tensor) -> "SmallCNN | ResNet":
+    shape = ARCHS[arch]
+    return ResNet(model, seed, shape) if isinstance(shape, int) else SmallCNN(model, seed, images, shape)
 
 
 class SmallCNN(nn.Module):
@@ -127,11 +180,19 @@ class SmallCNN(nn.Module):
             self.stages = nn.ModuleList()
             channels = 16
             for i, (width, n) in enumerate(zip(widths, self.layers)):
-                self.stages.append(Stage(channels, width, n, model, seed=1000 * seed + 100 * i + 1))
+                down = nn.Sequential(conv(channels, width), nn.MaxPool2d(2), nn.BatchNorm2d(width), nn.GELU())
+                branches = [self.branch(width) for _ in range(n)]
+                self.stages.append(Stage(down, branches, width, model, seed=1000 * seed + 100 * i + 1))
                 channels = width
             self.classifier = nn.Linear(channels, 10)
         if model.base == "deeper":
-            self.stages[1].deepen(seed=1000 * seed + 999)
+            with seeded(1000 * seed + 999):
+                self.stages[1].deepen(self.branch(widths[1]))
+
+    @staticmethod
+    def branch(width: int) -> nn.Sequential:
+        """f: the same for every model."""
+        return nn.Sequential(conv(width, width), nn.BatchNorm2d(width), nn.GELU())
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.gelu(self.whitening(x))
@@ -139,49 +200,85 @@ class SmallCNN(nn.Module):
             x = stage(x)
         return self.classifier(x.amax(dim=(2, 3)))
 
-    def learned(self) -> dict[str, dict[str, float]]:
-        """What the residual connections learned: for each of alpha, beta, gamma[0], gamma[1], …, its value by layer."""
-        values: dict[str, dict[str, float]] = {}
-        for i, stage in enumerate(self.stages, 1):
-            for j, residual in enumerate(stage.residuals, 1):
-                scalars = {name: getattr(residual, name, None) for name in ("alpha", "beta")}
-                scalars |= {f"gamma[{n}]": gamma for n, gamma in enumerate(getattr(residual, "gamma", ()))}
-                for name, value in scalars.items():
-                    if value is not None:
-                        values.setdefault(name, {})[f"{i}.{j}"] = value.item()
-        return values
+
+class ResNet(nn.Module):
+    """The ResNet of He et al. 2016 for CIFAR-10 (§4.2) with n = 3, 5, 9 layers a stage: ResNet-20, -32, -56.
+
+    3×3 convolution (N, 16, 32, 32) → three stages of 16, 32 and 64 channels, the later two at half the size of the one
+    before, with n residual layers x' = ReLU(residual(x, f(x))), f = two 3×3 convolutions with batch norm and a ReLU
+    between → mean over the image → linear classifier. Where the shape changes the shortcut takes every other pixel and
+    fills the new channels with zeros (their option A); PA's history starts anew there. `deeper` as in the small CNN.
+    """
+
+    widths = (16, 32, 64)
+
+    def __init__(self, model: Model, seed: int, n: int) -> None:
+        super().__init__()
+        with seeded(seed):
+            self.stem = nn.Sequential(conv(3, 16), nn.BatchNorm2d(16), nn.ReLU())
+            self.stages = nn.ModuleList()
+            channels = 16
+            for i, width in enumerate(self.widths):
+                branches = [self.branch(channels, width), *(self.branch(width, width) for _ in range(n - 1))]
+                shortcut = Shortcut(channels, width)
+                self.stages.append(PostActivationStage(shortcut, branches, width, model, 1000 * seed + 100 * i + 1))
+                channels = width
+            self.classifier = nn.Linear(channels, 10)
+        if model.base == "deeper":
+            with seeded(1000 * seed + 999):
+                self.stages[1].deepen(self.branch(self.widths[1], self.widths[1]))
+
+    @staticmethod
+    def branch(channels: int, width: int) -> nn.Sequential:
+        first = (conv(channels, width, stride=width // channels), nn.BatchNorm2d(width), nn.ReLU())
+        return nn.Sequential(*first, conv(width, width), nn.BatchNorm2d(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for stage in self.stages:
+            x = stage(x)
+        return self.classifier(x.mean(dim=(2, 3)))
+
+
+class Shortcut(nn.Module):
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.stride, self.new = width // channels, width - channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.new)) if self.new else x
 
 
 class Stage(nn.Module):
-    def __init__(self, channels: int, width: int, layers: int, model: Model, seed: int) -> None:
+    """Residual layers of one shape, which `down` brings its input to."""
+
+    def __init__(self, down: nn.Module, branches: list[nn.Sequential], width: int, model: Model, seed: int) -> None:
         super().__init__()
-        self.down = nn.Sequential(
-            nn.Conv2d(channels, width, kernel_size=3, padding=1, bias=False),
-            nn.MaxPool2d(2),
-            nn.BatchNorm2d(width),
-            nn.GELU(),
-        )
-        self.branches = nn.ModuleList(branch(width) for _ in range(layers))
-        self.residuals = nn.ModuleList()
-        for i in range(layers):
+        self.down, self.branches, self.residuals = down, nn.ModuleList(branches), nn.ModuleList()
+        for i in range(len(branches)):
             with seeded(seed + i):
                 self.residuals.append(model.residual(width, available=i + 1, channel_dim=1))
 
-    def deepen(self, seed: int) -> None:
-        with seeded(seed):
-            self.branches.append(branch(self.branches[0][0].out_channels))
-        nn.init.zeros_(self.branches[-1][1].weight)
+    def deepen(self, branch: nn.Sequential) -> None:
+        *_, norm = (layer for layer in branch if isinstance(layer, nn.BatchNorm2d))
+        nn.init.zeros_(norm.weight)
+        self.branches.append(branch)
         self.residuals.append(Residual())
 
     def forward(self, x: Tensor) -> Tensor:
-        # PA's history starts anew where the shape changes.
-        return residual_layers(self.down(x), self.branches, self.residuals)
+        x = self.down(x)
+        return residual_layers(x, x, self.branches, self.residuals)
 
 
-def branch(width: int) -> nn.Sequential:
-    """f: the same for every model."""
-    convolution = nn.Conv2d(width, width, kernel_size=3, padding=1, bias=False)
-    return nn.Sequential(convolution, nn.BatchNorm2d(width), nn.GELU())
+class PostActivationStage(Stage):
+    """Its first branch brings its input to the stage's shape, and `down` the input that is added to it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return residual_layers(x, self.down(x), self.branches, self.residuals, activation=F.relu)
+
+
+def conv(channels: int, width: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(channels, width, kernel_size=3, stride=stride, padding=1, bias=False)
 
 
 class GPT(nn.Module):
@@ -210,7 +307,8 @@ class GPT(nn.Module):
         self.residuals = nn.ModuleList(model.residual(dim, available=i + 1, **options) for i in range(2 * layers))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.head(residual_layers(self.embedding(tokens) + self.position, self.branches, self.residuals))
+        x = self.embedding(tokens) + self.position
+        return self.head(residual_layers(x, x, self.branches, self.residuals))
 
 
 class Attention(nn.Module):
@@ -223,12 +321,38 @@ class Attention(nn.Module):
         return self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
 
 
-def residual_layers(x: Tensor, branches: nn.ModuleList, residuals: nn.ModuleList) -> Tensor:
-    xs = [x]
+def residual_layers(
+    x: Tensor,
+    shortcut: Tensor,
+    branches: nn.ModuleList,
+    residuals: nn.ModuleList,
+    activation: Callable[[Tensor], Tensor] = lambda y: y,
+) -> Tensor:
+    """x, what the first branch gets, and shortcut, what its output is added to, through layer after layer.
+
+    PA's history begins with the shortcut.
+    """
+    xs = [shortcut]
     for f, residual in zip(branches, residuals):
-        x = xs[-1]
-        xs.append(residual(xs if isinstance(residual, LAuReL_PA) else x, f(x)))
-    return xs[-1]
+        x = activation(residual(xs if isinstance(residual, LAuReL_PA) else xs[-1], f(x)))
+        xs.append(x)
+    return x
+
+
+def learned(network: SmallCNN | ResNet) -> dict[str, dict[str, float]]:
+    """What the residual connections learned: for each of alpha, beta, gamma[0], gamma[1], …, its value by layer.
+
+    Where α and β are vectors: their means.
+    """
+    values: dict[str, dict[str, float]] = {}
+    for i, stage in enumerate(network.stages, 1):
+        for j, residual in enumerate(stage.residuals, 1):
+            found = {name: getattr(residual, name, None) for name in ("alpha", "beta")}
+            found |= {f"gamma[{n}]": gamma for n, gamma in enumerate(getattr(residual, "gamma", ()))}
+            for name, value in found.items():
+                if value is not None:
+                    values.setdefault(name, {})[f"{i}.{j}"] = value.mean().item()
+    return values
 
 
 @contextmanager
@@ -258,6 +382,8 @@ def whitening_filters(images: Tensor, n: int = 16) -> Tensor:
 EXAMPLES = f"""\
 models: {", ".join(MODELS)}
   lr@8 sets the rank, pa/5 sets k, rw+lr+pa@16/3 both; the defaults are 16 and 3
+  rw:dim=D has α and β for each channel; bound=, scale=, init=, shared= and rank=none set a block's other arguments
+  in the same way, and decay=0.1 weight decay on its parameters: rw+lr@8:scale=1,init=orthogonal
   in --profile's GPT the default rank is 32, and pa and rw+pa without a rank have h(x) = x, as in the paper's table 5
 
 longer training, residual, mean of three seeds on 2 CPU cores with bfloat16: 87.65 % in 49 s with the default 5 epochs,
@@ -265,7 +391,9 @@ longer training, residual, mean of three seeds on 2 CPU cores with bfloat16: 87.
 
 examples:
   python Test.py                                        residual, rw, lr and pa, one seed
-  python Test.py --models residual rw+lr deeper --seeds 3
+  python Test.py --models residual rw+lr deeper --seeds 10 --parallel 2 --out runs/study
+  python Test.py --models residual rw+lr deeper --seeds 10 --parallel 2 --out runs/study    goes on where it was stopped
+  python Test.py --draw runs/study                      its table and pictures, from its files alone
   python Test.py --models residual --epochs 15          longer training, higher accuracy
   python Test.py --dataset synthetic --epochs 2         no download, done in a minute
   python Test.py --profile                              time and memory of every residual connection
@@ -312,6 +440,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--batch-size", type=count, default=default.batch_size, metavar="N", help="(default: %(default)s)")
     add("--seeds", type=count, default=1, metavar="N", help="train every model with seeds 0 to N-1 (default: 1)")
     add("--parallel", type=count, default=1, metavar="N", help="train N at a time, side by side (default: 1)")
+    add("--threads", type=count, metavar="N", help="CPU threads of each run (default: the cores divided by --parallel)")
     add("--device", type=device, default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     add("--precision", choices=("auto", "float32", "bfloat16"), default="auto", help="(default: the device's fastest)")
     add("--compile", action="store_true", help="compile the model with torch.compile; its time is reported apart")
@@ -324,13 +453,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--network", choices=("both", "cnn", "gpt"), default="both", help="--profile: (default: both)")
     shape = ("DIM", "LAYERS", "LENGTH", "BATCH")
     add("--gpt", type=count, nargs=4, default=[768, 4, 256, 4], metavar=shape, help="--profile: (default: 768 4 256 4)")
-    add("--out", type=Path, metavar="DIR", help="where results go (default: runs/ and the date and time)")
+    add(
+        "--out", type=Path, metavar="DIR", help="where results go; goes on with what is there (default: runs/ and time)"
+    )
+    add("--draw", type=Path, metavar="DIR", help="show the table and draw the pictures of an earlier --out, and end")
     options = parser.parse_args(argv)
     models = options.models or [Model.parse(name) for name in (MODELS if options.profile else MODELS[:4])]
     if options.profile:
         models.insert(0, Model.parse("residual"))  # what the others are compared with
     options.models = list({model.name: model for model in models}.values())
     options.out = options.out or Path("runs") / time.strftime("%Y-%m-%d-%H%M%S")
+    # Another number of threads adds up in another order: numbers are the same to the bit for the same --threads alone.
+    options.threads = options.threads or max(1, torch.get_num_threads() // options.parallel)
     if options.precision == "auto":
         options.precision = TrainUtil.default_precision(options.device)
     training_images = 5000 if options.dataset == "synthetic" else 50_000
@@ -338,8 +472,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--hold-out must be below the {training_images} training images, got {options.hold_out}")
     if options.gpt[0] % 64:
         parser.error(f"--gpt {options.gpt[0]} …: the width must be a multiple of 64, the channels of a head")
-    if any((options.out / name).exists() for name in ("results.json", "profile.json")):
-        parser.error(f"--out {options.out} holds the results of another run; name a new folder")
+    if options.draw:
+        if not (options.draw / "results.json").exists():
+            parser.error(f"--draw {options.draw}: there is no results.json")
+        return options
+    if options.profile and (options.out / "profile.json").exists():
+        parser.error(f"--out {options.out} holds another profile; name a new folder")
     try:
         options.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -372,24 +510,32 @@ def configuration(options: argparse.Namespace) -> dict:
 class Monitor:
     """What runs now and how long it will take: one moving line in a terminal, a line an epoch elsewhere."""
 
-    def __init__(self, titles: list[str], epochs: int) -> None:
+    def __init__(self, titles: list[str], finished: list[bool], epochs: int) -> None:
         self.titles, self.epochs = titles, epochs
-        self.done, self.tested = [0.0] * len(titles), [0] * len(titles)  # the part of each run; its epochs
+        self.done: list[float | None] = [1.0 if there else None for there in finished]  # the part of each run
+        self.tested = [0] * len(titles)  # its epochs
+        self.before = float(sum(finished))  # what was done before this process
         self.plain = not rich.get_console().is_terminal
         self.bar = Progress(TextColumn("{task.description}"), BarColumn(20), transient=True, disable=self.plain)
         self.task = self.bar.add_task("", total=len(titles))
         self.start = time.perf_counter()
 
     def report(self, run: int, work: float, images: int, seconds: float, history: list[dict]) -> None:
+        if self.done[run] is None:
+            self.before += work
+            self.tested[run] = len(history)
         self.done[run] = work
-        left = (time.perf_counter() - self.start) * (len(self.done) / sum(self.done) - 1)
+        done = sum(filter(None, self.done))
+        left = (time.perf_counter() - self.start) * (len(self.done) - done) / max(done - self.before, 1e-9)
         epoch_ended, self.tested[run] = len(history) > self.tested[run], len(history)
         epoch = len(history) + (0 if epoch_ended else 1)
         text = f"[{run + 1}/{len(self.titles)}] {self.titles[run]}, epoch {epoch}/{self.epochs}"
         if history:
-            text += f", loss {history[-1]['train_loss']:.3f}, accuracy {100 * history[-1]['test_accuracy']:.2f} %"
+            loss = history[-1]["train_loss"]
+            text += ", diverged" if loss is None else f", loss {loss:.3f}"
+            text += f", accuracy {100 * history[-1]['test_accuracy']:.2f} %"
         text += f", {images / seconds:.0f} images/s, {left // 60:.0f}:{left % 60:02.0f} min left"
-        self.bar.update(self.task, completed=sum(self.done), description=text)
+        self.bar.update(self.task, completed=done, description=text)
         if self.plain and epoch_ended:
             print(text, flush=True)
 
@@ -400,25 +546,63 @@ class Monitor:
 
 
 def summarize(runs: list[dict]) -> list[dict]:
-    """One entry a model: means and standard deviations over seeds, differences to `residual` paired by seed."""
-    baseline = {run["seed"]: run for run in runs if run["model"] == "residual"}
+    """One entry a model: values over seeds, differences to `residual` paired by seed, and what they show.
+
+    Runs that diverged are counted, and left out of everything else.
+    """
+    baseline = {run["seed"]: run for run in runs if run["model"] == "residual" and not run.get("diverged")}
     summary = []
     for name in dict.fromkeys(run["model"] for run in runs):
         mine = [run for run in runs if run["model"] == name]
-        paired = [(run, baseline[run["seed"]]) for run in mine if run["seed"] in baseline and name != "residual"]
+        finite = [run for run in mine if not run.get("diverged")]
+        paired = [(run, baseline[run["seed"]]) for run in finite if run["seed"] in baseline and name != "residual"]
         summary.append(
             {
                 "model": name,
                 "parameters": mine[0]["parameters"],
                 "added": [100 * (run["parameters"] / base["parameters"] - 1) for run, base in paired[:1]],
-                "accuracy": [100 * run["test_accuracy"] for run in mine],
+                "accuracy": [100 * run["test_accuracy"] for run in finite],
+                "diverged": len(mine) - len(finite),
                 "difference": [100 * (run["test_accuracy"] - base["test_accuracy"]) for run, base in paired],
-                "seconds": [run["train_seconds"] for run in mine],
-                "images_per_second": [run["images_per_second"] for run in mine],
-                "compile_seconds": [run["compile_seconds"] for run in mine],
+                **paired_test(*([100 * each["test_accuracy"] for each in pair] for pair in zip(*paired))),
+                "seconds": [run["train_seconds"] for run in finite],
+                "images_per_second": [run["images_per_second"] for run in finite],
+                "compile_seconds": [run["compile_seconds"] for run in finite],
             }
         )
+    tested = [entry for entry in summary if entry["p"] is not None]
+    for entry, p in zip(tested, holm([entry["p"] for entry in tested])):
+        entry["p_holm"] = p
     return summary
+
+
+def paired_test(mine: Sequence[float] = (), base: Sequence[float] = ()) -> dict:
+    """Student's t-test of the paired differences: p, their mean's 95 % interval, their standard deviation.
+
+    And the standard deviation that they would have if they were not paired. None where there is nothing to test: fewer
+    than two pairs, or differences that are all the same.
+    """
+    if len(mine) < 2 or statistics.stdev(a - b for a, b in zip(mine, base)) < 1e-9:
+        return {"p": None, "p_holm": None, "interval": None, "paired_sd": None, "unpaired_sd": None}
+    from scipy.stats import ttest_rel  # here, as it takes a second to import
+
+    test = ttest_rel(mine, base)
+    return {
+        "p": float(test.pvalue),
+        "p_holm": None,
+        "interval": tuple(map(float, test.confidence_interval(0.95))),
+        "paired_sd": statistics.stdev(a - b for a, b in zip(mine, base)),
+        "unpaired_sd": math.hypot(statistics.stdev(mine), statistics.stdev(base)),
+    }
+
+
+def holm(ps: list[float]) -> list[float]:
+    """p-values corrected for being several (Holm 1979), which SciPy does not have."""
+    corrected, largest = [0.0] * len(ps), 0.0
+    for rank, i in enumerate(sorted(range(len(ps)), key=ps.__getitem__)):
+        largest = max(largest, min(1.0, (len(ps) - rank) * ps[i]))
+        corrected[i] = largest
+    return corrected
 
 
 def spread(values: list[float], form: str) -> str:
@@ -444,82 +628,162 @@ def title(config: dict) -> str:
 
 
 def table(config: dict, runs: list[dict]) -> Table:
-    caution = "One seed shows little: repeat with --seeds 5 or more." if config["seeds"] == 1 else None
-    result = Table("model", title=title(config), caption=caution)
-    columns = ["parameters", "added %", "test accuracy %", "difference to residual", "training s", "images/s"]
-    for name in columns + ["compilation s"] * config["compile"]:
+    several = config["seeds"] > 1
+    result = Table("model", title=title(config), box=rich.box.MARKDOWN)
+    columns = ["parameters", "added %", "test accuracy %", "difference to residual"]
+    if several:
+        columns += ["95 % interval", "p (Holm)", "shown", "s.d. of differences", "if not paired"]
+        result.caption = "Differences paired by seed. A difference is shown where p < 0.05 after Holm's correction."
+    else:
+        result.caption = "One seed shows little: repeat with --seeds 5 or more."
+    for name in columns + ["training s", "images/s"] + ["compilation s"] * config["compile"]:
         result.add_column(name, justify="right")
     for entry in summarize(runs):
-        result.add_row(
-            entry["model"],
+        n, diverged = len(entry["accuracy"]), entry["diverged"]
+        fewer = f" ({n} of {config['seeds']} seeds{f', {diverged} diverged' if diverged else ''})"
+        row = [
             f"{entry['parameters']:,}",
             spread(entry["added"], ".3f"),
-            spread(entry["accuracy"], ".2f"),
-            spread(entry["difference"], "+.2f"),
-            spread(entry["seconds"], ".1f"),
-            spread(entry["images_per_second"], ".0f"),
-            *[spread(entry["compile_seconds"], ".1f")] * config["compile"],
-        )
+            spread(entry["accuracy"], ".2f") + fewer * (n < config["seeds"]),
+            f"{statistics.mean(entry['difference']):+.2f}" if entry["difference"] else "–",
+        ]
+        if several and entry["p"] is None:
+            row += ["–"] * 5
+        elif several:
+            low, high = entry["interval"]
+            shown = "no" if entry["p_holm"] >= 0.05 else "higher" if low > 0 else "lower"
+            row += [f"[{low:+.2f}, {high:+.2f}]", f"{entry['p_holm']:.2g}", shown]
+            row += [f"{entry['paired_sd']:.2f}", f"{entry['unpaired_sd']:.2f}"]
+        row += [spread(entry["seconds"], ".1f"), spread(entry["images_per_second"], ".0f")]
+        row += [spread(entry["compile_seconds"], ".1f")] * config["compile"]
+        result.add_row(entry["model"], *(escape(cell) for cell in row))
     return result
 
 
 def write_results(out: Path, config: dict, runs: list[dict]) -> None:
     with TrainUtil.replacing(out / "results.json") as path:
         path.write_text(json.dumps({"config": config, "runs": runs}, indent=2) + "\n")
-    names = [name for name in runs[0] if name not in ("learned", "history")]
+    names = [name for name in runs[0] if name not in ("learned", "history")] if runs else []
     with TrainUtil.replacing(out / "results.csv") as path, path.open("w", newline="") as file:
         writer = csv.DictWriter(file, names, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(runs)
 
 
-def draw(out: Path, config: dict, runs: list[dict]) -> None:
-    """accuracy.png and learned.png."""
+def draw(out: Path, config: dict, runs: list[dict]) -> list[Path]:
+    """accuracy.png, differences.png, parameters.png and learned.png, and the paths of those there is something for."""
     import matplotlib  # here, as it takes a second to import
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    names = list(dict.fromkeys(run["model"] for run in runs))
-    style = {name: {"color": f"C{i % 10}", "marker": "osD^vPX*"[i % 8]} for i, name in enumerate(names)}
+    summary = summarize(runs)
+    runs = [run for run in runs if not run.get("diverged")]
+    by_model = {entry["model"]: [run for run in runs if run["model"] == entry["model"]] for entry in summary}
+    style = {
+        name: {"color": f"C{i % 10}", "marker": "osD^vPX*"[i % 8], "linestyle": ("-", "--", "-.", ":")[i % 4]}
+        for i, name in enumerate(by_model)
+    }
+    drawn: list[Path] = []
 
-    # Test accuracy over training time, a line a run
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    for run in runs:
-        seconds = [0.0]
-        for entry in run["history"]:
-            seconds.append(seconds[-1] + entry["seconds"])
-        label = run["model"] if run is next(r for r in runs if r["model"] == run["model"]) else None
-        accuracy = [100 * entry["test_accuracy"] for entry in run["history"]]
-        axes.plot(seconds[1:], accuracy, label=label, alpha=0.8, **style[run["model"]])
+    def figure(width: float, height: float, panels: int = 1) -> tuple:
+        figure, axes = plt.subplots(1, panels, figsize=(width, height), layout="constrained")
+        figure.suptitle(title(config), fontsize="small")
+        return figure, axes
+
+    def keep(figure, name: str) -> None:
+        with TrainUtil.replacing(out / name) as path:
+            figure.savefig(path, dpi=120)
+        plt.close(figure)
+        drawn.append(out / name)
+
+    # Test accuracy over training time: mean and standard deviation over the seeds after each epoch
+    fig, axes = figure(8, 5)
+    for name, mine in by_model.items():
+        seconds = over_seeds([list(accumulate(e["seconds"] for e in run["history"])) for run in mine])[0]
+        mean, sd = over_seeds([[100 * e["test_accuracy"] for e in run["history"]] for run in mine])
+        axes.plot(seconds, mean, label=name, **style[name])
+        axes.fill_between(seconds, mean - sd, mean + sd, alpha=0.15, color=style[name]["color"])
     axes.set(xlabel="training time (s)", ylabel="test accuracy (%)")
-    axes.set_title(title(config), fontsize="small")
     axes.grid(alpha=0.3)
     axes.legend()
-    with TrainUtil.replacing(out / "accuracy.png") as path:
-        figure.savefig(path, dpi=120)
+    keep(fig, "accuracy.png")
 
-    # α, β and γ by layer, means over the seeds
-    figure, panels = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
-    figure.suptitle(title(config), fontsize="small")
+    # Differences to residual: those of the seeds, their mean and its 95 % interval
+    tested = [entry for entry in reversed(summary) if entry["interval"]]
+    if tested:
+        fig, axes = figure(8, 1.5 + 0.4 * len(tested))
+        for y, entry in enumerate(tested):
+            mean, (low, high) = statistics.mean(entry["difference"]), entry["interval"]
+            axes.plot(entry["difference"], [y] * len(entry["difference"]), "|", color="0.6", markersize=10)
+            axes.errorbar(mean, y, xerr=[[mean - low], [high - mean]], fmt="o", color="black", capsize=4)
+        axes.axvline(0, color="black", linewidth=0.8)
+        axes.set_yticks(range(len(tested)), [entry["model"] for entry in tested])
+        axes.set(ylim=(-0.6, len(tested) - 0.4))
+        axes.set_xlabel("difference to residual in test accuracy (percentage points): seeds, mean, 95 % interval")
+        axes.grid(axis="x", alpha=0.3)
+        keep(fig, "differences.png")
+
+    # Test accuracy over the parameters that a model adds, with residual as a band
+    added = [entry for entry in summary if entry["added"] and entry["added"][0] > 0]
+    if added:
+        fig, axes = figure(8, 5)
+        base = next(entry for entry in summary if entry["model"] == "residual")
+        mean, sd = over_seeds([[value] for value in base["accuracy"]])
+        axes.axhline(mean[0], color="0.4", linestyle="--", label="residual")
+        axes.axhspan(mean[0] - sd[0], mean[0] + sd[0], color="0.85")
+        for entry in added:
+            mean, sd = over_seeds([[value] for value in entry["accuracy"]])
+            x, name = entry["parameters"] - base["parameters"], entry["model"]
+            axes.errorbar(x, mean[0], yerr=sd[0], capsize=4, label=name, **(style[name] | {"linestyle": "none"}))
+        axes.set(xscale="log", xlabel="parameters added to those of residual", ylabel="test accuracy (%)")
+        axes.grid(alpha=0.3)
+        axes.legend(title="mean ± standard deviation" if config["seeds"] > 1 else None)
+        keep(fig, "parameters.png")
+
+    # α and β by layer, mean and standard deviation; γ by layer and activation, mean over the seeds
     layers = sorted({layer for run in runs for values in run["learned"].values() for layer in values})
-    for panel, symbol, key in zip(panels, "αβγ", ("alpha", "beta", "gamma")):
-        for name in names:
-            seeds = [run["learned"] for run in runs if run["model"] == name]
-            for j, learned in enumerate(learned for learned in seeds[0] if learned.startswith(key)):
-                gap = {layer: float("nan") for layer in layers}
-                means = [statistics.mean((gap | seed[learned])[layer] for seed in seeds) for layer in layers]
-                look = style[name] | ({"marker": f"${j}$", "markersize": 9} if key == "gamma" else {})
-                panel.plot(layers, means, linestyle=("-", "--", ":", "-.")[j % 4], label=f"{name} {learned}", **look)
-        panel.set(xlabel="layer (stage.layer)", ylabel=symbol)
-        panel.grid(alpha=0.3)
-        if panel.lines:
-            panel.legend(fontsize="small")
+    if layers:
+        fig, (*lines, heat) = figure(14, 4.5, panels=3)
+        for panel, symbol, key in zip(lines, "αβ", ("alpha", "beta")):
+            for name, mine in by_model.items():
+                if any(key in run["learned"] for run in mine):
+                    values = [[run["learned"][key].get(layer, math.nan) for layer in layers] for run in mine]
+                    mean, sd = over_seeds(values)
+                    panel.errorbar(layers, mean, yerr=sd, capsize=3, label=name, **style[name])
+            panel.set(xlabel="layer (stage.layer)", ylabel=symbol)
+            panel.tick_params(axis="x", rotation=90 if len(layers) > 9 else 0)
+            panel.grid(alpha=0.3)
+            if panel.has_data():
+                panel.legend(fontsize="small")
+            else:
+                panel.text(0.5, 0.5, f"no model here learns {symbol}", ha="center", transform=panel.transAxes)
+        rows = {
+            f"{name} γ{key[6:-1]}": over_seeds(
+                [[run["learned"][key].get(i, math.nan) for i in layers] for run in mine]
+            )[0]
+            for name, mine in by_model.items()
+            for key in (mine[0]["learned"] if mine else ())
+            if key.startswith("gamma")
+        }
+        if rows:
+            image = heat.imshow(list(rows.values()), cmap="Greys", aspect="auto")
+            heat.set_yticks(range(len(rows)), list(rows), fontsize="small")
+            heat.set_xticks(range(len(layers)), layers, rotation=90 if len(layers) > 9 else 0)
+            heat.set(xlabel="layer (stage.layer)", title="γ, mean over seeds")
+            fig.colorbar(image, ax=heat)
         else:
-            panel.text(0.5, 0.5, f"no model here learns {symbol}", ha="center", transform=panel.transAxes)
-    with TrainUtil.replacing(out / "learned.png") as path:
-        figure.savefig(path, dpi=120)
-    plt.close("all")
+            heat.text(0.5, 0.5, "no model here learns γ", ha="center", transform=heat.transAxes)
+        keep(fig, "learned.png")
+    return drawn
+
+
+def over_seeds(values: list[list[float]]) -> tuple:
+    """Mean and standard deviation of each column, as arrays; 0 for the latter where there is one seed."""
+    import numpy as np
+
+    array = np.array(values)
+    return array.mean(axis=0), array.std(axis=0, ddof=1) if len(array) > 1 else np.zeros(array.shape[1])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -671,6 +935,57 @@ def profile(options: argparse.Namespace) -> int:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+class RefusedError(Exception):
+    """The study can't begin; the message says why."""
+
+
+class RunError(Exception):
+    """The study can't go on; the message says why and what to try."""
+
+
+# What may change while a study goes on: which pairs it has, and what no number depends on.
+FREE = (
+    "models",
+    "seeds",
+    "data_dir",
+    "out",
+    "draw",
+    "seconds",
+    "network",
+    "gpt",
+    "python",
+    "torchvision",
+    "git_commit",
+)
+
+
+def earlier_runs(options: argparse.Namespace, config: dict) -> list[dict]:
+    """The runs that --out holds. The models and seeds of its study are added to config's."""
+    for left_by_a_kill in options.out.rglob(TrainUtil.PARTIAL + "*"):
+        shutil.rmtree(left_by_a_kill)
+    path = options.out / "results.json"
+    if not path.exists():
+        return []
+    try:
+        study = json.loads(path.read_text())
+        before, runs = study["config"], study["runs"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise RefusedError(f"{path} is no study's: {error!r}") from None
+    for name, value in json.loads(json.dumps(config)).items():
+        if name not in FREE and before.get(name) != value:
+            name, was = f"--{name.replace('_', '-')}" if hasattr(options, name) else name, before.get(name)
+            raise RefusedError(f"--out {options.out} holds a study with {name} {was}, not {value}; name another folder")
+    if before["git_commit"] != config["git_commit"]:
+        print(f"--out {options.out} was begun with the code of commit {before['git_commit']}", file=sys.stderr)
+    config["models"] = list(dict.fromkeys([*before["models"], *config["models"]]))
+    config["seeds"] = max(before["seeds"], config["seeds"])
+    return runs
+
+
+def checkpoint(out: Path, model: Model, seed: int) -> Path:
+    return out / "checkpoints" / f"{re.sub('[/:]', '_', model.name)}, seed {seed}.pt"
+
+
 def train_one(
     model: Model,
     seed: int,
@@ -682,15 +997,26 @@ def train_one(
     """The entry in results.json of one model with one seed."""
     TrainUtil.keep_memory()
     torch.backends.cudnn.deterministic = True
-    network = SmallCNN(model, seed, data.train_images, ARCHS[options.arch])
+    net = network(options.arch, model, seed, data.train_images)
     settings = {"precision": options.precision, "compile": options.compile, "report": report}
-    measured = TrainUtil.train(network, data.to(options.device), recipe, seed, **settings)
-    parameters = sum(p.numel() for p in network.parameters())
-    return {"model": model.name, "seed": seed, "parameters": parameters, **measured, "learned": network.learned()}
+    settings["checkpoint"] = checkpoint(options.out, model, seed)
+    try:
+        recipe = replace(recipe, block_decay=model.decay)
+        measured = TrainUtil.train(net, data.to(options.device), recipe, seed, **settings)
+    except (MemoryError, RuntimeError) as error:
+        if not TrainUtil.out_of_memory(error):
+            raise
+        raise RunError(
+            f"{model.name}, seed {seed}: out of memory with --batch-size {recipe.batch_size}. Try a smaller one, "
+            "a smaller --parallel or --precision bfloat16"
+        ) from None
+    parameters = sum(p.numel() for p in net.parameters())
+    weights = {"learned": learned(net), "weights_sha256": TrainUtil.digest(net)}
+    return {"model": model.name, "seed": seed, "parameters": parameters, **measured, **weights}
 
 
 def train_all(
-    pairs: list[tuple[Model, int]],
+    pairs: dict[int, tuple[Model, int]],
     data: TrainUtil.Dataset,
     recipe: TrainUtil.Recipe,
     options: argparse.Namespace,
@@ -699,29 +1025,59 @@ def train_all(
     """The number of each pair and its entry, as they finish; `--parallel` at a time, each in a process of its own."""
     if options.parallel == 1:
         data = data.to(options.device)
-        for i, pair in enumerate(pairs):
+        for i, pair in pairs.items():
             yield i, train_one(*pair, data, recipe, options, partial(monitor.report, i))
         return
-    threads = max(1, torch.get_num_threads() // options.parallel)
-    workers = {"mp_context": multiprocessing.get_context("spawn"), "initializer": torch.set_num_threads}
-    with ProcessPoolExecutor(options.parallel, **workers, initargs=(threads,)) as pool:
+    context = multiprocessing.get_context("spawn")
+    reports = context.SimpleQueue()
+
+    def listen() -> None:
+        for message in iter(reports.get, None):
+            monitor.report(*message)
+
+    listener = threading.Thread(target=listen, daemon=True)
+    listener.start()
+    start = {"initializer": start_worker, "initargs": (options.threads, reports)}
+    with ProcessPoolExecutor(options.parallel, mp_context=context, **start) as pool:
         try:
-            futures = {pool.submit(train_one, *pair, data, recipe, options): i for i, pair in enumerate(pairs)}
+            futures = {pool.submit(work, i, *pair, data, recipe, options): i for i, pair in pairs.items()}
             for future in as_completed(futures):
-                i, run = futures[future], future.result()
-                monitor.report(i, 1.0, recipe.images(len(data.train_labels)), run["train_seconds"], run["history"])
-                yield i, run
-        except BaseException:  # the pool would wait for what it has begun
+                yield futures[future], future.result()
+        except BrokenProcessPool:
+            raise RunError(
+                "a process of --parallel was killed, perhaps for lack of memory: a smaller one may help"
+            ) from None
+        finally:  # the pool would wait for what it has begun
             for process in multiprocessing.active_children():
                 process.terminate()
-            raise
+            reports.put(None)
+            listener.join()
+
+
+def start_worker(threads: int, reports: "multiprocessing.SimpleQueue") -> None:
+    global send
+    send = reports.put
+    torch.set_num_threads(threads)
+
+    def die_with_parent() -> None:  # a pool's processes outlive a parent that was killed (CPython issue 111873)
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=die_with_parent, daemon=True).start()
+
+
+def work(i: int, *pair_and_settings) -> dict:
+    return train_one(*pair_and_settings, report=lambda *so_far: send((i, *so_far)))
 
 
 def compare(options: argparse.Namespace) -> int:
     recipe = TrainUtil.Recipe(epochs=options.epochs, batch_size=options.batch_size)
-    finished: dict[int, dict] = {}
-    runs: list[dict] = []
+    runs: dict[tuple[str, int], dict] = {}
     code = 0
+
+    def in_order() -> list[dict]:
+        return sorted(runs.values(), key=lambda run: (run["seed"], config["models"].index(run["model"])))
+
     try:
         data = TrainUtil.synthetic() if options.dataset == "synthetic" else TrainUtil.load_cifar10(options.data_dir)
         data = data.hold_out(options.hold_out) if options.hold_out else data
@@ -733,32 +1089,65 @@ def compare(options: argparse.Namespace) -> int:
             "test_images": len(data.test_labels),
             "recipe": asdict(recipe),
         }
+        runs = {(run["model"], run["seed"]): run for run in earlier_runs(options, config)}
+        write_results(options.out, config, in_order())  # no checkpoint without the options that it belongs to
+        checkpoint(options.out, options.models[0], 0).parent.mkdir(exist_ok=True)
         pairs = [(model, seed) for seed in range(options.seeds) for model in options.models]
-        monitor = Monitor([f"{model.name}, seed {seed}" for model, seed in pairs], recipe.epochs)
+        finished = [(model.name, seed) in runs for model, seed in pairs]
+        if any(finished):
+            print(f"{sum(finished)} of {len(pairs)} runs are in {options.out} already.")
+        monitor = Monitor([f"{model.name}, seed {seed}" for model, seed in pairs], finished, recipe.epochs)
+        left = {i: pair for i, (pair, there) in enumerate(zip(pairs, finished)) if not there}
         with monitor.bar:
-            for i, run in train_all(pairs, data, recipe, options, monitor):
-                finished[i] = run
-                runs = [finished[i] for i in sorted(finished)]
-                write_results(options.out, config, runs)
-    except TrainUtil.DataError as error:
+            for i, run in train_all(left, data, recipe, options, monitor):
+                runs[run["model"], run["seed"]] = {**run, "git_commit": config["git_commit"]}
+                write_results(options.out, config, in_order())
+                checkpoint(options.out, *pairs[i]).unlink()
+        with suppress(OSError):  # not empty: damaged checkpoints are kept
+            (options.out / "checkpoints").rmdir()
+    except (TrainUtil.DataError, RefusedError) as error:
         print(error, file=sys.stderr)
         return 2
+    except RunError as error:
+        code = 1
+        print(f"{error}. What has finished is kept: the same --out goes on.", file=sys.stderr)
+    except OSError as error:
+        code = 1
+        print(f"{error.filename or options.out}: {error.strerror or error}. The same --out goes on.", file=sys.stderr)
     except KeyboardInterrupt:
         code = 130
-        print(f"Interrupted: {len(runs)} runs have finished.", file=sys.stderr)
-    if runs:
-        rich.get_console().print(table(config, runs))
-        draw(options.out, config, runs)
-        for name in ("results.json", "results.csv", "accuracy.png", "learned.png"):
-            print(options.out / name)
-    return code
+        print(f"Interrupted: {len(runs)} runs have finished. --out {options.out} goes on from here.", file=sys.stderr)
+    return show(options.out, config, in_order()) or code if runs else code
+
+
+def show(out: Path, config: dict, runs: list[dict]) -> int:
+    """The table and the pictures."""
+    rich.get_console().print(table(config, runs))
+    try:
+        for path in (out / "results.json", out / "results.csv", *draw(out, config, runs)):
+            print(path)
+    except OSError as error:
+        print(f"The pictures could not be written: {error.filename or out}: {error.strerror}", file=sys.stderr)
+        return 1
+    return 0
 
 
 def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
     if not rich.get_console().is_terminal:
-        rich.reconfigure(width=160)  # a file has no width of its own to fold the tables to
-    return profile(options) if options.profile else compare(options)
+        rich.reconfigure(width=220)  # a file has no width of its own to fold the tables to
+    torch.set_num_threads(options.threads)
+    if options.draw:
+        study = json.loads((options.draw / "results.json").read_text())
+        return show(options.draw, study["config"], study["runs"])
+    try:
+        with filelock.FileLock(options.out / ".lock", timeout=0):
+            return profile(options) if options.profile else compare(options)
+    except filelock.Timeout:
+        print(f"--out {options.out} is in use by another process; name another folder", file=sys.stderr)
+    except OSError as error:
+        print(f"--out {options.out}: {error.strerror}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

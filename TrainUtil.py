@@ -8,7 +8,9 @@ import contextlib
 import copy
 import ctypes
 import hashlib
+import io
 import json
+import math
 import os
 import platform
 import shutil
@@ -17,6 +19,7 @@ import sys
 import tempfile
 import time
 import urllib.request
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -37,6 +40,7 @@ from torchvision.transforms.functional import pil_to_tensor
 # Data
 # ---------------------------------------------------------------------------------------------------------------------
 
+PARTIAL = ".partial-"  # how the folders begin in which files are written before they take their place
 CACHE = "cifar10.pt"
 ARCHIVE = CIFAR10.filename  # cifar-10-python.tar.gz
 ARCHIVE_MD5 = CIFAR10.tgz_md5
@@ -85,10 +89,12 @@ class Dataset:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path to write to, which takes the place of `path` when all is written: no reader ever sees half a file."""
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as folder:
+    """A path to write to, which takes the place of `path` when all is on the disk: nobody ever finds half a file."""
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=PARTIAL) as folder:
         temporary = Path(folder) / path.name
         yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
         os.replace(temporary, path)
 
 
@@ -292,6 +298,7 @@ class Recipe:
     # AdamW without weight decay, for all else: batch norm, classifier, the blocks' own parameters. Of 0.03, 0.01 and
     # 0.003 for the latter, 0.03 was the worst; the other two could not be told apart.
     lr: float = 0.01
+    block_decay: float = 0.0  # weight decay on the blocks' own parameters
     warmup: float = 0.05  # part of the steps over which the learning rates rise; then they fall linearly to zero
     label_smoothing: float = 0.1
     max_shift: int = 2  # pixels
@@ -352,12 +359,15 @@ def orthogonalize(matrix: Tensor, steps: int = 3) -> Tensor:
 
 
 def optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    params = [p for p in model.parameters() if p.requires_grad]
-    filters = [p for p in params if p.ndim == 4]
-    others = [p for p in params if p.ndim != 4]
+    """One for filters, one for all else. The blocks' own parameters are those of a module list named residuals."""
+    params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    filters = [p for p in params.values() if p.ndim == 4]
+    blocks = [p for name, p in params.items() if "residuals." in name]
+    others = [p for name, p in params.items() if p.ndim != 4 and "residuals." not in name]
+    groups = [{"params": others}, {"params": blocks, "weight_decay": recipe.block_decay}]
     return [
         Muon(filters, recipe.filter_lr, recipe.filter_momentum),
-        torch.optim.AdamW(others, recipe.lr, betas=(0.9, 0.95), weight_decay=0.0),
+        torch.optim.AdamW(groups, recipe.lr, betas=(0.9, 0.95), weight_decay=0.0),
     ]
 
 
@@ -417,6 +427,19 @@ def default_precision(device: torch.device) -> str:
     return "bfloat16" if fast else "float32"
 
 
+def digest(model: nn.Module) -> str:
+    """SHA-256 of the weights and buffers: the same where two runs ended with the same bits."""
+    found = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        found.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether a device or the machine had no more memory; torch has an exception of its own for the former alone."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
+
+
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
 
@@ -429,17 +452,23 @@ def train(
     *,
     precision: str = "float32",
     compile: bool = False,
+    checkpoint: Path | None = None,
     report: Callable[[float, int, float, list[dict]], None] = lambda *so_far: None,
 ) -> dict:
     """Trains the model on the device of the data and tests it after every epoch. Nothing is chosen by test accuracy.
 
+    A run whose loss is not finite ends with that epoch.
+
     Args:
+        checkpoint: a file that is written after every epoch. Where it is there already, training goes on from it, and
+            on a CPU ends with the bits of a run that was not interrupted.
         report: called after every step and every test with the part of the work that is done, 0 to 1, the images
             trained on, the seconds that took, and the history, all so far.
 
     Returns:
-        epochs, test_accuracy (the last epoch's), train_seconds (training alone, without evaluation and compilation),
-        images_per_second, compile_seconds and history (per epoch: train_loss, test_accuracy, seconds).
+        epochs, test_accuracy (the last epoch's), diverged (the epoch whose loss was not finite, or None), train_seconds
+        (training alone, without evaluation and compilation), images_per_second, compile_seconds and history (per
+        epoch: train_loss, None where it is not finite, test_accuracy, seconds).
     """
     device = data.train_labels.device
     model.to(device, memory_format=torch.channels_last)
@@ -454,9 +483,18 @@ def train(
         return min(1.0, (step + 1) / (recipe.warmup * total)) * (1 - step / total)
 
     schedulers = [torch.optim.lr_scheduler.LambdaLR(opt, schedule) for opt in opts]
-    history: list[dict] = []
-    images, train_seconds = 0, 0.0
-    for epoch in range(recipe.epochs):
+    parts = [model, *opts, *schedulers]  # all that changes during training: random numbers depend on seed and epoch
+    history = restore(checkpoint, parts) if checkpoint else []
+    images = len(history) * recipe.images(n) // recipe.epochs
+    train_seconds = sum(entry["seconds"] for entry in history)
+
+    def tell(seconds: float) -> None:
+        work = recipe.pixels(images / recipe.images(n)) / recipe.pixels(1.0)
+        report(work, images, seconds, history)
+
+    for epoch in range(len(history), recipe.epochs):
+        if history and history[-1]["train_loss"] is None:
+            break
         model.train()
         start, losses = time.perf_counter(), []
         for x, y in batches(data, recipe, seed, epoch):
@@ -470,22 +508,54 @@ def train(
                 opt.zero_grad()
             losses.append(loss.detach())
             images += len(y)
-            work = recipe.pixels(images / recipe.images(n)) / recipe.pixels(1.0)
-            report(work, images, train_seconds + time.perf_counter() - start, history)
+            tell(train_seconds + time.perf_counter() - start)
         train_loss = torch.stack(losses).mean().item()  # the epoch's only wait for the device
         seconds = time.perf_counter() - start
         train_seconds += seconds
-        accuracy = evaluate(step, data, precision)
-        history.append({"epoch": epoch + 1, "train_loss": train_loss, "test_accuracy": accuracy, "seconds": seconds})
-        report(work, images, train_seconds, history)
+        entry = {"epoch": epoch + 1, "train_loss": train_loss if math.isfinite(train_loss) else None}
+        history.append({**entry, "test_accuracy": evaluate(step, data, precision), "seconds": seconds})
+        if checkpoint:
+            save(checkpoint, parts, history)
+        tell(train_seconds)
     return {
-        "epochs": recipe.epochs,
+        "epochs": len(history),
         "test_accuracy": history[-1]["test_accuracy"],
+        "diverged": history[-1]["epoch"] if history[-1]["train_loss"] is None else None,
         "train_seconds": train_seconds,
         "images_per_second": images / train_seconds,
         "compile_seconds": compile_seconds,
         "history": history,
     }
+
+
+def save(checkpoint: Path, parts: list, history: list[dict]) -> None:
+    buffer = io.BytesIO()  # as torch.save would hide what is wrong with a disk
+    torch.save({"parts": [part.state_dict() for part in parts], "history": history}, buffer)
+    with replacing(checkpoint) as path:
+        path.write_bytes(buffer.getbuffer())
+
+
+def restore(checkpoint: Path, parts: list) -> list[dict]:
+    """Sets the parts to what the checkpoint holds and returns its history; a damaged checkpoint is set aside."""
+    if not checkpoint.exists():
+        return []
+    before = copy.deepcopy([part.state_dict() for part in parts])
+    try:
+        with zipfile.ZipFile(checkpoint) as archive:  # torch does not compare the check sums that it writes
+            if damaged := archive.testzip():
+                raise ValueError(f"the check sum of {damaged} differs")
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        for part, saved in zip(parts, state["parts"], strict=True):
+            part.load_state_dict(saved)
+        return state["history"]
+    except Exception as error:  # whatever is wrong with it, the run can start over
+        for part, saved in zip(parts, before):
+            part.load_state_dict(saved)
+        aside = checkpoint.with_suffix(".damaged")
+        os.replace(checkpoint, aside)
+        reason = str(error).strip().partition("\n")[0]
+        print(f"{checkpoint} is damaged ({reason}): kept as {aside.name}, and the run starts over", file=sys.stderr)
+        return []
 
 
 def compiled(models: dict[str, nn.Module]) -> dict[str, Callable]:

@@ -3,6 +3,7 @@ import hashlib
 import http.server
 import io
 import json
+import math
 import pickle
 import platform
 import shutil
@@ -531,6 +532,66 @@ def test_training_reports_what_it_did(made_up):
     assert result["test_accuracy"] == result["history"][-1]["test_accuracy"]
     assert result["train_seconds"] == pytest.approx(sum(entry["seconds"] for entry in result["history"]))
     assert result["images_per_second"] == pytest.approx(400 / result["train_seconds"])
+
+
+@pytest.mark.parametrize("stop", [1, 2, 4])
+def test_training_goes_on_from_a_checkpoint_to_the_same_bits(stop, made_up, tmp_path):
+    """Stopped in an epoch or after the last one."""
+    recipe, data = Recipe(epochs=4, batch_size=50), made_up.limit(500)
+    expected_model = network()
+    expected = train(expected_model, data, recipe, 0)
+
+    def interrupt(work, images, seconds, history):
+        if len(history) == stop and (images > 500 * stop or stop == 4):
+            raise KeyboardInterrupt
+
+    path = tmp_path / "checkpoint.pt"
+    with pytest.raises(KeyboardInterrupt):
+        train(network(), data, recipe, 0, checkpoint=path, report=interrupt)
+    model, trained_on = network(), []
+    result = train(model, data, recipe, 0, checkpoint=path, report=lambda *state: trained_on.append(state[1]))
+    assert all(images > 500 * stop for images in trained_on)
+    for key in ("train_loss", "test_accuracy", "epoch"):
+        assert [entry[key] for entry in result["history"]] == [entry[key] for entry in expected["history"]]
+    assert result["images_per_second"] == pytest.approx(2000 / result["train_seconds"])
+    assert TrainUtil.digest(model) == TrainUtil.digest(expected_model)
+
+
+def test_a_checkpoint_that_does_not_fit_leaves_all_parts_as_they_were(made_up, tmp_path, capsys):
+    path = tmp_path / "checkpoint.pt"
+    train(network(), made_up.limit(100), Recipe(epochs=1, batch_size=100), 0, checkpoint=path)
+    state = torch.load(path, weights_only=True)
+    state["parts"][1]["param_groups"] = []  # the first part fits, the second does not
+    torch.save(state, path)
+    parts = [network(), *TrainUtil.optimizers(network(), Recipe())]
+    before = TrainUtil.digest(parts[0])
+    assert TrainUtil.restore(path, parts) == []
+    assert TrainUtil.digest(parts[0]) == before
+    assert str(path) in capsys.readouterr().err
+    assert not path.exists()
+    assert path.with_suffix(".damaged").exists()
+
+
+def test_a_digest_tells_one_bit():
+    models = [network(), network()]
+    assert TrainUtil.digest(models[0]) == TrainUtil.digest(models[1].to(memory_format=torch.channels_last))
+    with torch.no_grad():
+        models[1][5].bias[0] = torch.nextafter(models[1][5].bias[0], torch.tensor(1.0))
+    assert TrainUtil.digest(models[0]) != TrainUtil.digest(models[1])
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_is_recorded(made_up, tmp_path):
+    model = network()
+    calls = []
+    model[5].weight.register_hook(lambda grad: calls.append(1) or (grad * math.inf if len(calls) == 7 else grad))
+    recipe, path = Recipe(epochs=4, batch_size=100), tmp_path / "checkpoint.pt"
+    result = train(model, made_up.limit(500), recipe, 0, checkpoint=path)
+    assert result["diverged"] == result["epochs"] == len(result["history"]) == 2
+    assert result["history"][0]["train_loss"] > 0
+    assert result["history"][1]["train_loss"] is None
+    json.dumps(result, allow_nan=False)
+    again = train(network(), made_up.limit(500), recipe, 0, checkpoint=path)
+    assert again["history"] == result["history"]
 
 
 def test_warming_up_leaves_the_model_as_it_was(made_up):
