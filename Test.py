@@ -456,6 +456,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--out", type=Path, metavar="DIR", help="where results go; goes on with what is there (default: runs/ and time)"
     )
+    add("--against", metavar="MODEL", help="what the others are compared with (default: residual)")
     add("--draw", type=Path, metavar="DIR", help="show the table and draw the pictures of an earlier --out, and end")
     options = parser.parse_args(argv)
     models = options.models or [Model.parse(name) for name in (MODELS if options.profile else MODELS[:4])]
@@ -472,6 +473,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--hold-out must be below the {training_images} training images, got {options.hold_out}")
     if options.gpt[0] % 64:
         parser.error(f"--gpt {options.gpt[0]} …: the width must be a multiple of 64, the channels of a head")
+    if options.against and not options.draw and options.against not in (model.name for model in options.models):
+        parser.error(f"--against {options.against} must be one of --models")
     if options.draw:
         if not (options.draw / "results.json").exists():
             parser.error(f"--draw {options.draw}: there is no results.json")
@@ -499,6 +502,7 @@ def configuration(options: argparse.Namespace) -> dict:
     return {
         **plain,
         "models": [model.name for model in options.models],
+        "against": options.against or "residual",
         "device_name": TrainUtil.device_name(options.device),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -545,17 +549,17 @@ class Monitor:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def summarize(runs: list[dict]) -> list[dict]:
-    """One entry a model: values over seeds, differences to `residual` paired by seed, and what they show.
+def summarize(runs: list[dict], against: str = "residual") -> list[dict]:
+    """One entry a model: values over seeds, differences to the model `against` paired by seed, and what they show.
 
     Runs that diverged are counted, and left out of everything else.
     """
-    baseline = {run["seed"]: run for run in runs if run["model"] == "residual" and not run.get("diverged")}
+    baseline = {run["seed"]: run for run in runs if run["model"] == against and not run.get("diverged")}
     summary = []
     for name in dict.fromkeys(run["model"] for run in runs):
         mine = [run for run in runs if run["model"] == name]
         finite = [run for run in mine if not run.get("diverged")]
-        paired = [(run, baseline[run["seed"]]) for run in finite if run["seed"] in baseline and name != "residual"]
+        paired = [(run, baseline[run["seed"]]) for run in finite if run["seed"] in baseline and name != against]
         summary.append(
             {
                 "model": name,
@@ -628,9 +632,9 @@ def title(config: dict) -> str:
 
 
 def table(config: dict, runs: list[dict]) -> Table:
-    several = config["seeds"] > 1
+    several, against = config["seeds"] > 1, config.get("against", "residual")
     result = Table("model", title=title(config), box=rich.box.MARKDOWN)
-    columns = ["parameters", "added %", "test accuracy %", "difference to residual"]
+    columns = ["parameters", "added %", "test accuracy %", f"difference to {against}"]
     if several:
         columns += ["95 % interval", "p (Holm)", "shown", "s.d. of differences", "if not paired"]
         result.caption = "Differences paired by seed. A difference is shown where p < 0.05 after Holm's correction."
@@ -638,7 +642,7 @@ def table(config: dict, runs: list[dict]) -> Table:
         result.caption = "One seed shows little: repeat with --seeds 5 or more."
     for name in columns + ["training s", "images/s"] + ["compilation s"] * config["compile"]:
         result.add_column(name, justify="right")
-    for entry in summarize(runs):
+    for entry in summarize(runs, against):
         n, diverged = len(entry["accuracy"]), entry["diverged"]
         fewer = f" ({n} of {config['seeds']} seeds{f', {diverged} diverged' if diverged else ''})"
         row = [
@@ -673,11 +677,13 @@ def write_results(out: Path, config: dict, runs: list[dict]) -> None:
 def draw(out: Path, config: dict, runs: list[dict]) -> list[Path]:
     """accuracy.png, differences.png, parameters.png and learned.png, and the paths of those there is something for."""
     import matplotlib  # here, as it takes a second to import
+    import numpy as np
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    summary = summarize(runs)
+    against = config.get("against", "residual")
+    summary = summarize(runs, against)
     runs = [run for run in runs if not run.get("diverged")]
     by_model = {entry["model"]: [run for run in runs if run["model"] == entry["model"]] for entry in summary}
     style = {
@@ -709,7 +715,7 @@ def draw(out: Path, config: dict, runs: list[dict]) -> list[Path]:
     axes.legend()
     keep(fig, "accuracy.png")
 
-    # Differences to residual: those of the seeds, their mean and its 95 % interval
+    # Differences to the model that the others are compared with: those of the seeds, their mean and its 95 % interval
     tested = [entry for entry in reversed(summary) if entry["interval"]]
     if tested:
         fig, axes = figure(8, 1.5 + 0.4 * len(tested))
@@ -720,23 +726,23 @@ def draw(out: Path, config: dict, runs: list[dict]) -> list[Path]:
         axes.axvline(0, color="black", linewidth=0.8)
         axes.set_yticks(range(len(tested)), [entry["model"] for entry in tested])
         axes.set(ylim=(-0.6, len(tested) - 0.4))
-        axes.set_xlabel("difference to residual in test accuracy (percentage points): seeds, mean, 95 % interval")
+        axes.set_xlabel(f"difference to {against} in test accuracy (percentage points): seeds, mean, 95 % interval")
         axes.grid(axis="x", alpha=0.3)
         keep(fig, "differences.png")
 
-    # Test accuracy over the parameters that a model adds, with residual as a band
+    # Test accuracy over the parameters that a model adds, with the one that it is compared with as a band
     added = [entry for entry in summary if entry["added"] and entry["added"][0] > 0]
     if added:
         fig, axes = figure(8, 5)
-        base = next(entry for entry in summary if entry["model"] == "residual")
+        base = next(entry for entry in summary if entry["model"] == against)
         mean, sd = over_seeds([[value] for value in base["accuracy"]])
-        axes.axhline(mean[0], color="0.4", linestyle="--", label="residual")
+        axes.axhline(mean[0], color="0.4", linestyle="--", label=against)
         axes.axhspan(mean[0] - sd[0], mean[0] + sd[0], color="0.85")
         for entry in added:
             mean, sd = over_seeds([[value] for value in entry["accuracy"]])
             x, name = entry["parameters"] - base["parameters"], entry["model"]
             axes.errorbar(x, mean[0], yerr=sd[0], capsize=4, label=name, **(style[name] | {"linestyle": "none"}))
-        axes.set(xscale="log", xlabel="parameters added to those of residual", ylabel="test accuracy (%)")
+        axes.set(xscale="log", xlabel=f"parameters added to those of {against}", ylabel="test accuracy (%)")
         axes.grid(alpha=0.3)
         axes.legend(title="mean ± standard deviation" if config["seeds"] > 1 else None)
         keep(fig, "parameters.png")
@@ -768,6 +774,11 @@ def draw(out: Path, config: dict, runs: list[dict]) -> list[Path]:
         }
         if rows:
             image = heat.imshow(list(rows.values()), cmap="Greys", aspect="auto")
+            middle = sum(image.get_clim()) / 2
+            for (y, x), value in np.ndenumerate(np.array(list(rows.values()))):
+                if not math.isnan(value):
+                    color = "white" if value > middle else "black"
+                    heat.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=6, color=color)
             heat.set_yticks(range(len(rows)), list(rows), fontsize="small")
             heat.set_xticks(range(len(layers)), layers, rotation=90 if len(layers) > 9 else 0)
             heat.set(xlabel="layer (stage.layer)", title="γ, mean over seeds")
@@ -944,15 +955,15 @@ class RunError(Exception):
 
 
 # What may change while a study goes on: which pairs it has, and what no number depends on.
+PROFILE_OPTIONS = ("seconds", "network", "gpt")
 FREE = (
+    *PROFILE_OPTIONS,
     "models",
     "seeds",
+    "against",
     "data_dir",
     "out",
     "draw",
-    "seconds",
-    "network",
-    "gpt",
     "python",
     "torchvision",
     "git_commit",
@@ -961,8 +972,9 @@ FREE = (
 
 def earlier_runs(options: argparse.Namespace, config: dict) -> list[dict]:
     """The runs that --out holds. The models and seeds of its study are added to config's."""
-    for left_by_a_kill in options.out.rglob(TrainUtil.PARTIAL + "*"):
-        shutil.rmtree(left_by_a_kill)
+    for folder in ("", "checkpoints/"):
+        for left_by_a_kill in options.out.glob(f"{folder}{TrainUtil.PARTIAL}*"):
+            shutil.rmtree(left_by_a_kill)
     path = options.out / "results.json"
     if not path.exists():
         return []
@@ -1139,7 +1151,8 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     if options.draw:
         study = json.loads((options.draw / "results.json").read_text())
-        return show(options.draw, study["config"], study["runs"])
+        against = {"against": options.against} if options.against else {}
+        return show(options.draw, study["config"] | against, study["runs"])
     try:
         with filelock.FileLock(options.out / ".lock", timeout=0):
             return profile(options) if options.profile else compare(options)
