@@ -387,7 +387,7 @@ models: {", ".join(MODELS)}
   in --profile's GPT the default rank is 32, and pa and rw+pa without a rank have h(x) = x, as in the paper's table 5
 
 longer training, residual, mean of three seeds on 2 CPU cores with bfloat16: 87.65 % in 49 s with the default 5 epochs,
-  90.22 % in 141 s with 15, 91.85 % in 348 s with 38 (results/README.md has commands and machine)
+  90.22 % in 141 s with 15, 92.31 % in 324 s with --arch medium --epochs 12 (results/README.md has commands and machine)
 
 examples:
   python Test.py                                        residual, rw, lr and pa, one seed

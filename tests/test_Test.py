@@ -810,7 +810,7 @@ def test_a_run_that_diverges_is_recorded_and_the_others_go_on(tmp_path, monkeypa
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the memory of a process")
 def test_out_of_memory_names_the_model_and_what_to_try(tmp_path):
     def limit():
-        resource.setrlimit(resource.RLIMIT_DATA, (3 << 30, 3 << 30))
+        resource.setrlimit(resource.RLIMIT_DATA, (2 << 30, 2 << 30))
 
     options = (
         "--dataset",
