@@ -476,8 +476,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if options.against and not options.draw and options.against not in (model.name for model in options.models):
         parser.error(f"--against {options.against} must be one of --models")
     if options.draw:
-        if not (options.draw / "results.json").exists():
-            parser.error(f"--draw {options.draw}: there is no results.json")
         return options
     if options.profile and (options.out / "profile.json").exists():
         parser.error(f"--out {options.out} holds another profile; name a new folder")
@@ -632,7 +630,7 @@ def title(config: dict) -> str:
 
 
 def table(config: dict, runs: list[dict]) -> Table:
-    several, against = config["seeds"] > 1, config.get("against", "residual")
+    several, against = config["seeds"] > 1, config["against"]
     result = Table("model", title=title(config), box=rich.box.MARKDOWN)
     columns = ["parameters", "added %", "test accuracy %", f"difference to {against}"]
     if several:
@@ -682,7 +680,7 @@ def draw(out: Path, config: dict, runs: list[dict]) -> list[Path]:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    against = config.get("against", "residual")
+    against = config["against"]
     summary = summarize(runs, against)
     runs = [run for run in runs if not run.get("diverged")]
     by_model = {entry["model"]: [run for run in runs if run["model"] == entry["model"]] for entry in summary}
@@ -826,7 +824,7 @@ def networks(options: argparse.Namespace) -> Iterator[tuple[str, list[dict]]]:
         return tokens, tokens.roll(-1, dims=1)
 
     if options.network != "gpt":
-        models = {model.name: SmallCNN(model, 0, images, ARCHS[options.arch]) for model in options.models}
+        models = {model.name: network(options.arch, model, 0, images) for model in options.models}
         name = f"{options.arch} CNN, batch {options.batch_size}"
         yield name, measure(models, cnn_example, options.batch_size, options)
     if options.network != "cnn":
@@ -886,7 +884,7 @@ def measure(models: dict[str, nn.Module], example: Callable, batch: int, options
 def profile_table(config: dict, network: str, costs: list[dict]) -> Table:
     base = costs[0]
     how = f"{config['precision']}, compiled" if config["compile"] else config["precision"]
-    result = Table("model", title=f"{network}; {config['device_name']}, {how}")
+    result = Table("model", title=f"{network}; {config['device_name']}, {how}", box=rich.box.MARKDOWN)
     result.caption = "Times: medians of the ratios to residual within a round of calls, and their quartiles."
     columns = [
         "parameters",
@@ -955,19 +953,18 @@ class RunError(Exception):
 
 
 # What may change while a study goes on: which pairs it has, and what no number depends on.
-PROFILE_OPTIONS = ("seconds", "network", "gpt")
-FREE = (
-    *PROFILE_OPTIONS,
-    "models",
-    "seeds",
-    "against",
-    "data_dir",
-    "out",
-    "draw",
-    "python",
-    "torchvision",
-    "git_commit",
-)
+FREE = ("models", "seeds", "against", "data_dir", "out", "draw", "seconds", "network", "gpt")
+FREE += ("python", "torchvision", "git_commit")
+
+
+def read_results(out: Path) -> tuple[dict, list[dict]]:
+    """The configuration and the runs of a study."""
+    path = out / "results.json"
+    try:
+        study = json.loads(path.read_text())
+        return study["config"], study["runs"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RefusedError(f"{path} can't be read as the results of a study: {error!r}") from None
 
 
 def earlier_runs(options: argparse.Namespace, config: dict) -> list[dict]:
@@ -975,14 +972,9 @@ def earlier_runs(options: argparse.Namespace, config: dict) -> list[dict]:
     for folder in ("", "checkpoints/"):
         for left_by_a_kill in options.out.glob(f"{folder}{TrainUtil.PARTIAL}*"):
             shutil.rmtree(left_by_a_kill)
-    path = options.out / "results.json"
-    if not path.exists():
+    if not (options.out / "results.json").exists():
         return []
-    try:
-        study = json.loads(path.read_text())
-        before, runs = study["config"], study["runs"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise RefusedError(f"{path} is no study's: {error!r}") from None
+    before, runs = read_results(options.out)
     for name, value in json.loads(json.dumps(config)).items():
         if name not in FREE and before.get(name) != value:
             name, was = f"--{name.replace('_', '-')}" if hasattr(options, name) else name, before.get(name)
@@ -1132,6 +1124,23 @@ def compare(options: argparse.Namespace) -> int:
     return show(options.out, config, in_order()) or code if runs else code
 
 
+def redraw(options: argparse.Namespace) -> int:
+    try:
+        config, runs = read_results(options.draw)
+        models = list(dict.fromkeys(run["model"] for run in runs))
+        if options.against not in (None, *models):
+            raise RefusedError(
+                f"--against {options.against} must be one of the models in {options.draw}: {', '.join(models)}"
+            )
+        if not runs:
+            raise RefusedError(f"--draw {options.draw}: no run has finished yet")
+    except RefusedError as error:
+        print(error, file=sys.stderr)
+        return 2
+    against = options.against or config.get("against", "residual")
+    return show(options.draw, {**config, "against": against}, runs)
+
+
 def show(out: Path, config: dict, runs: list[dict]) -> int:
     """The table and the pictures."""
     rich.get_console().print(table(config, runs))
@@ -1150,9 +1159,7 @@ def main(argv: list[str] | None = None) -> int:
         rich.reconfigure(width=220)  # a file has no width of its own to fold the tables to
     torch.set_num_threads(options.threads)
     if options.draw:
-        study = json.loads((options.draw / "results.json").read_text())
-        against = {"against": options.against} if options.against else {}
-        return show(options.draw, study["config"] | against, study["runs"])
+        return redraw(options)
     try:
         with filelock.FileLock(options.out / ".lock", timeout=0):
             return profile(options) if options.profile else compare(options)

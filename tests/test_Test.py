@@ -329,7 +329,7 @@ def test_a_run_that_diverged_is_counted_and_left_out():
 
 CONFIG = {
     "data": "", "training_images": 0, "epochs": 1, "device_name": "", "precision": "", "compile": False, "parallel": 1,
-    "arch": "small", "seeds": 1,
+    "arch": "small", "seeds": 1, "against": "residual",
 }  # fmt: skip
 
 
@@ -519,6 +519,7 @@ def test_runs_side_by_side_give_the_numbers_of_one_after_the_other(tmp_path):
         (["--dataset", "mnist"], ["mnist", "cifar10", "synthetic"]),
         (["--hold-out", "5000"], ["--hold-out", "below the 5000"]),
         (["--out", str(Path(__file__))], ["--out", Path(__file__).name]),
+        (["--against", "rw+pa"], ["--against rw+pa", "one of --models"]),
         (["--models", "rw:norm=3"], ["'norm=3'", "bound=", "dim=D"]),
         (["--models", "rw:bound=tanh"], ["'rw:bound=tanh'", "softmax, sigmoid, single, none", "'tanh'"]),
         (["--models", "rw:scale=-1"], ["'rw:scale=-1'", "positive"]),
@@ -898,9 +899,23 @@ def test_every_stored_study_can_be_drawn_again_from_its_file_alone(study, tmp_pa
 
 
 def test_drawing_without_a_study(tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        Test.main(["--draw", str(tmp_path)])
-    assert f"--draw {tmp_path}: there is no results.json" in capsys.readouterr().err
+    assert Test.main(["--draw", str(tmp_path)]) == 2
+    assert str(tmp_path / "results.json") in capsys.readouterr().err
+    (tmp_path / "results.json").write_text(json.dumps({"config": CONFIG, "runs": []}))
+    assert Test.main(["--draw", str(tmp_path)]) == 2
+    assert "no run has finished" in capsys.readouterr().err
+
+
+def test_a_study_can_be_drawn_against_another_model(finished, tmp_path, capsys):
+    shutil.copy(finished[1] / "results.json", tmp_path)
+    before = (tmp_path / "results.json").read_bytes()
+    assert Test.main(["--draw", str(tmp_path), "--against", "rw"]) == 0
+    assert "difference to rw" in capsys.readouterr().out
+    assert (tmp_path / "results.json").read_bytes() == before
+    assert Test.main(["--draw", str(tmp_path), "--against", "lr"]) == 2
+    error = capsys.readouterr().err
+    assert "--against lr" in error
+    assert "residual, rw, rw+lr+pa@4/2" in error
 
 
 def test_no_data_ends_with_what_was_tried(tmp_path, monkeypatch, capsys):
