@@ -13,6 +13,7 @@ import os
 import platform
 import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -49,7 +50,16 @@ LAuReL_PA = importlib.import_module("LAuReL-PA").LAuReL_PA
 # ---------------------------------------------------------------------------------------------------------------------
 
 MODELS = ("residual", "rw", "lr", "pa", "rw+lr", "rw+pa", "rw+lr+pa", "deeper")
-ARGUMENTS = ("dim", "rank", "shared", "init", "bound", "scale")  # a block's, that a model's name may set
+# The arguments of a block that a model's name may set, and decay: weight decay on the block's parameters
+ARGUMENTS = {
+    "dim": {"D": "D"},  # α and β for each channel
+    "rank": {"none": None},  # the identity for h
+    "shared": {"true": True, "false": False},
+    "bound": {name: name for name in ("softmax", "sigmoid", "single", "none")},
+    "init": {name: name for name in ("xavier", "orthogonal")},
+    "scale": float,
+    "decay": float,
+}
 
 
 @dataclass(frozen=True)
@@ -76,7 +86,10 @@ class Model:
             raise argparse.ArgumentTypeError(f"{name!r}: {base} has no rank; @RANK goes with lr and pa")
         if k and "pa" not in base:
             raise argparse.ArgumentTypeError(f"{name!r}: {base} has no k; /K goes with pa")
-        arguments = dict(argument(text) for text in rest.split(",")) if rest else {}
+        given = [argument(text) for text in rest.split(",")] if rest else []
+        arguments = dict(given)
+        if len(arguments) < len(given) or (rank and "rank" in arguments):
+            raise argparse.ArgumentTypeError(f"{name!r} sets an argument twice")
         decay = arguments.pop("decay", 0.0)
         model = Model(name, base, int(rank) if rank else None, int(k or 3), arguments, decay)
         try:
@@ -117,22 +130,16 @@ class Model:
 
 
 def argument(text: str) -> tuple[str, object]:
-    """NAME=VALUE of a block's argument, or decay=VALUE."""
+    """NAME=VALUE taken apart."""
     name, _, value = text.partition("=")
-    constants = {"true": True, "false": False, "none": None}
-    if name not in (*ARGUMENTS, "decay") or not value or (name == "shared" and value not in ("true", "false")):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is no argument of a block; allowed are bound=, scale=, dim=D (α and β for each channel), "
-            "init=, rank=none (the identity for h), shared=true or false, and decay= for weight decay on its parameters"
-        )
-    if value in constants:
-        return name, constants[value]
+    allowed = ARGUMENTS.get(name)
+    if isinstance(allowed, dict) and value in allowed:
+        return name, allowed[value]
     with suppress(ValueError):
-        number = float(value)
-        if name == "decay" and not 0 <= number < math.inf:
-            raise argparse.ArgumentTypeError(f"decay must be at least 0 and finite, got {value}")
-        return name, int(value) if value.isdecimal() else number
-    return name, value
+        if allowed is float and 0 <= float(value) < math.inf:
+            return name, float(value)
+    forms = (f"{n}={'|'.join(v) if isinstance(v, dict) else 'NUMBER'}" for n, v in ARGUMENTS.items())
+    raise argparse.ArgumentTypeError(f"{text!r} sets no argument of a block; allowed are {', '.join(forms)}")
 
 
 class Residual(nn.Module):
@@ -153,7 +160,7 @@ ARCHS = {
 }
 
 
-def network(arch: str, model: Model, seed: int, images: Tensor) -> "SmallCNN | ResNet":
+def build(arch: str, model: Model, seed: int, images: Tensor) -> "SmallCNN | ResNet":
     shape = ARCHS[arch]
     return ResNet(model, seed, shape) if isinstance(shape, int) else SmallCNN(model, seed, images, shape)
 
@@ -459,6 +466,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--against", metavar="MODEL", help="what the others are compared with (default: residual)")
     add("--draw", type=Path, metavar="DIR", help="show the table and draw the pictures of an earlier --out, and end")
     options = parser.parse_args(argv)
+    if options.draw:
+        return options
     models = options.models or [Model.parse(name) for name in (MODELS if options.profile else MODELS[:4])]
     if options.profile:
         models.insert(0, Model.parse("residual"))  # what the others are compared with
@@ -473,16 +482,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--hold-out must be below the {training_images} training images, got {options.hold_out}")
     if options.gpt[0] % 64:
         parser.error(f"--gpt {options.gpt[0]} …: the width must be a multiple of 64, the channels of a head")
-    if options.against and not options.draw and options.against not in (model.name for model in options.models):
-        parser.error(f"--against {options.against} must be one of --models")
-    if options.draw:
-        return options
     if options.profile and (options.out / "profile.json").exists():
         parser.error(f"--out {options.out} holds another profile; name a new folder")
     try:
         options.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        parser.error(f"--out {options.out}: {error.strerror}")
+        parser.error(f"--out {options.out}: {error.strerror or error}")
     return options
 
 
@@ -500,7 +505,6 @@ def configuration(options: argparse.Namespace) -> dict:
     return {
         **plain,
         "models": [model.name for model in options.models],
-        "against": options.against or "residual",
         "device_name": TrainUtil.device_name(options.device),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -553,6 +557,7 @@ def summarize(runs: list[dict], against: str = "residual") -> list[dict]:
     Runs that diverged are counted, and left out of everything else.
     """
     baseline = {run["seed"]: run for run in runs if run["model"] == against and not run.get("diverged")}
+    parameters = next((run["parameters"] for run in runs if run["model"] == against), None)
     summary = []
     for name in dict.fromkeys(run["model"] for run in runs):
         mine = [run for run in runs if run["model"] == name]
@@ -562,7 +567,7 @@ def summarize(runs: list[dict], against: str = "residual") -> list[dict]:
             {
                 "model": name,
                 "parameters": mine[0]["parameters"],
-                "added": [100 * (run["parameters"] / base["parameters"] - 1) for run, base in paired[:1]],
+                "added": mine[0]["parameters"] - parameters if name != against and parameters else None,
                 "accuracy": [100 * run["test_accuracy"] for run in finite],
                 "diverged": len(mine) - len(finite),
                 "difference": [100 * (run["test_accuracy"] - base["test_accuracy"]) for run, base in paired],
@@ -584,7 +589,8 @@ def paired_test(mine: Sequence[float] = (), base: Sequence[float] = ()) -> dict:
     And the standard deviation that they would have if they were not paired. None where there is nothing to test: fewer
     than two pairs, or differences that are all the same.
     """
-    if len(mine) < 2 or statistics.stdev(a - b for a, b in zip(mine, base)) < 1e-9:
+    paired_sd = statistics.stdev(a - b for a, b in zip(mine, base)) if len(mine) > 1 else 0.0
+    if paired_sd < 1e-9:  # 0 but for rounding
         return {"p": None, "p_holm": None, "interval": None, "paired_sd": None, "unpaired_sd": None}
     from scipy.stats import ttest_rel  # here, as it takes a second to import
 
@@ -593,7 +599,7 @@ def paired_test(mine: Sequence[float] = (), base: Sequence[float] = ()) -> dict:
         "p": float(test.pvalue),
         "p_holm": None,
         "interval": tuple(map(float, test.confidence_interval(0.95))),
-        "paired_sd": statistics.stdev(a - b for a, b in zip(mine, base)),
+        "paired_sd": paired_sd,
         "unpaired_sd": math.hypot(statistics.stdev(mine), statistics.stdev(base)),
     }
 
@@ -633,28 +639,33 @@ def table(config: dict, runs: list[dict]) -> Table:
     several, against = config["seeds"] > 1, config["against"]
     result = Table("model", title=title(config), box=rich.box.MARKDOWN)
     columns = ["parameters", "added %", "test accuracy %", f"difference to {against}"]
-    if several:
-        columns += ["95 % interval", "p (Holm)", "shown", "s.d. of differences", "if not paired"]
-        result.caption = "Differences paired by seed. A difference is shown where p < 0.05 after Holm's correction."
-    else:
-        result.caption = "One seed shows little: repeat with --seeds 5 or more."
+    columns += ["95 % interval", "p (Holm)", "significant", "s.d. of differences", "if not paired"] * several
     for name in columns + ["training s", "images/s"] + ["compilation s"] * config["compile"]:
         result.add_column(name, justify="right")
+    notes = ["Differences paired by seed; intervals for each alone, p and significance (0.05) after Holm's correction."]
+    if not several:
+        notes = ["One seed shows little: repeat with --seeds 5 or more."]
+    if against not in (run["model"] for run in runs):
+        notes.append(f"No differences: there is no {against} among the models.")
+    if len({run.get("git_commit") for run in runs}) > 1:
+        notes.append("The runs are of several commits, see results.json.")
+    result.caption = " ".join(notes)
     for entry in summarize(runs, against):
-        n, diverged = len(entry["accuracy"]), entry["diverged"]
+        n, pairs, diverged = len(entry["accuracy"]), len(entry["difference"]), entry["diverged"]
         fewer = f" ({n} of {config['seeds']} seeds{f', {diverged} diverged' if diverged else ''})"
+        added = entry["added"] and 100 * entry["added"] / (entry["parameters"] - entry["added"])
         row = [
             f"{entry['parameters']:,}",
-            spread(entry["added"], ".3f"),
+            "–" if added is None else f"{added:.3f}",
             spread(entry["accuracy"], ".2f") + fewer * (n < config["seeds"]),
-            f"{statistics.mean(entry['difference']):+.2f}" if entry["difference"] else "–",
+            f"{statistics.mean(entry['difference']):+.2f}" + f" ({pairs} pairs)" * (pairs < n) if pairs else "–",
         ]
         if several and entry["p"] is None:
             row += ["–"] * 5
         elif several:
             low, high = entry["interval"]
-            shown = "no" if entry["p_holm"] >= 0.05 else "higher" if low > 0 else "lower"
-            row += [f"[{low:+.2f}, {high:+.2f}]", f"{entry['p_holm']:.2g}", shown]
+            significant = "no" if entry["p_holm"] >= 0.05 else "higher" if low > 0 else "lower"
+            row += [f"[{low:+.2f}, {high:+.2f}]", f"{entry['p_holm']:.2g}", significant]
             row += [f"{entry['paired_sd']:.2f}", f"{entry['unpaired_sd']:.2f}"]
         row += [spread(entry["seconds"], ".1f"), spread(entry["images_per_second"], ".0f")]
         row += [spread(entry["compile_seconds"], ".1f")] * config["compile"]
@@ -664,7 +675,7 @@ def table(config: dict, runs: list[dict]) -> Table:
 
 def write_results(out: Path, config: dict, runs: list[dict]) -> None:
     with TrainUtil.replacing(out / "results.json") as path:
-        path.write_text(json.dumps({"config": config, "runs": runs}, indent=2) + "\n")
+        path.write_text(json.dumps({"config": config, "runs": runs}, indent=2, allow_nan=False) + "\n")
     names = [name for name in runs[0] if name not in ("learned", "history")] if runs else []
     with TrainUtil.replacing(out / "results.csv") as path, path.open("w", newline="") as file:
         writer = csv.DictWriter(file, names, extrasaction="ignore")
@@ -683,6 +694,9 @@ def draw(out: Path, config: dict, runs: list[dict]) -> list[Path]:
     against = config["against"]
     summary = summarize(runs, against)
     runs = [run for run in runs if not run.get("diverged")]
+    summary = [entry for entry in summary if entry["accuracy"]]
+    if not summary:
+        return []
     by_model = {entry["model"]: [run for run in runs if run["model"] == entry["model"]] for entry in summary}
     style = {
         name: {"color": f"C{i % 10}", "marker": "osD^vPX*"[i % 8], "linestyle": ("-", "--", "-.", ":")[i % 4]}
@@ -720,26 +734,33 @@ def draw(out: Path, config: dict, runs: list[dict]) -> list[Path]:
         for y, entry in enumerate(tested):
             mean, (low, high) = statistics.mean(entry["difference"]), entry["interval"]
             axes.plot(entry["difference"], [y] * len(entry["difference"]), "|", color="0.6", markersize=10)
-            axes.errorbar(mean, y, xerr=[[mean - low], [high - mean]], fmt="o", color="black", capsize=4)
+            fill = "black" if entry["p_holm"] < 0.05 else "white"
+            errors = [[mean - low], [high - mean]]
+            axes.errorbar(mean, y, xerr=errors, fmt="o", color="black", markerfacecolor=fill, capsize=4)
         axes.axvline(0, color="black", linewidth=0.8)
         axes.set_yticks(range(len(tested)), [entry["model"] for entry in tested])
         axes.set(ylim=(-0.6, len(tested) - 0.4))
-        axes.set_xlabel(f"difference to {against} in test accuracy (percentage points): seeds, mean, 95 % interval")
+        axes.set_xlabel(
+            f"difference to {against} in test accuracy (percentage points)\n"
+            "seeds, mean and its 95 % interval; filled: p < 0.05 after Holm's correction"
+        )
         axes.grid(axis="x", alpha=0.3)
         keep(fig, "differences.png")
 
     # Test accuracy over the parameters that a model adds, with the one that it is compared with as a band
-    added = [entry for entry in summary if entry["added"] and entry["added"][0] > 0]
-    if added:
+    base = next((entry for entry in summary if entry["model"] == against), None)
+    added = [entry for entry in summary if entry["added"] and entry["added"] > 0]
+    if base and added:
         fig, axes = figure(8, 5)
-        base = next(entry for entry in summary if entry["model"] == against)
         mean, sd = over_seeds([[value] for value in base["accuracy"]])
         axes.axhline(mean[0], color="0.4", linestyle="--", label=against)
         axes.axhspan(mean[0] - sd[0], mean[0] + sd[0], color="0.85")
         for entry in added:
             mean, sd = over_seeds([[value] for value in entry["accuracy"]])
-            x, name = entry["parameters"] - base["parameters"], entry["model"]
-            axes.errorbar(x, mean[0], yerr=sd[0], capsize=4, label=name, **(style[name] | {"linestyle": "none"}))
+            name = entry["model"]
+            axes.errorbar(
+                entry["added"], mean[0], yerr=sd[0], capsize=4, label=name, **(style[name] | {"linestyle": "none"})
+            )
         axes.set(xscale="log", xlabel=f"parameters added to those of {against}", ylabel="test accuracy (%)")
         axes.grid(alpha=0.3)
         axes.legend(title="mean ± standard deviation" if config["seeds"] > 1 else None)
@@ -767,7 +788,7 @@ def draw(out: Path, config: dict, runs: list[dict]) -> list[Path]:
                 [[run["learned"][key].get(i, math.nan) for i in layers] for run in mine]
             )[0]
             for name, mine in by_model.items()
-            for key in (mine[0]["learned"] if mine else ())
+            for key in mine[0]["learned"]
             if key.startswith("gamma")
         }
         if rows:
@@ -824,7 +845,7 @@ def networks(options: argparse.Namespace) -> Iterator[tuple[str, list[dict]]]:
         return tokens, tokens.roll(-1, dims=1)
 
     if options.network != "gpt":
-        models = {model.name: network(options.arch, model, 0, images) for model in options.models}
+        models = {model.name: build(options.arch, model, 0, images) for model in options.models}
         name = f"{options.arch} CNN, batch {options.batch_size}"
         yield name, measure(models, cnn_example, options.batch_size, options)
     if options.network != "cnn":
@@ -929,9 +950,9 @@ def profile(options: argparse.Namespace) -> int:
     try:
         for network, costs in networks(options):
             found[network] = costs
+            rich.get_console().print(profile_table(config, network, costs))
             with TrainUtil.replacing(options.out / "profile.json") as path:
                 path.write_text(json.dumps({"config": config, "networks": found}) + "\n")
-            rich.get_console().print(profile_table(config, network, costs))
     except KeyboardInterrupt:
         print(f"Interrupted: networks measured so far: {len(found)}.", file=sys.stderr)
         return 130
@@ -953,7 +974,7 @@ class RunError(Exception):
 
 
 # What may change while a study goes on: which pairs it has, and what no number depends on.
-FREE = ("models", "seeds", "against", "data_dir", "out", "draw", "seconds", "network", "gpt")
+FREE = ("models", "seeds", "against", "parallel", "data_dir", "out", "draw", "seconds", "network", "gpt")
 FREE += ("python", "torchvision", "git_commit")
 
 
@@ -962,32 +983,53 @@ def read_results(out: Path) -> tuple[dict, list[dict]]:
     path = out / "results.json"
     try:
         study = json.loads(path.read_text())
-        return study["config"], study["runs"]
+        return {"against": "residual", **study["config"]}, study["runs"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RefusedError(f"{path} can't be read as the results of a study: {error!r}") from None
 
 
 def earlier_runs(options: argparse.Namespace, config: dict) -> list[dict]:
-    """The runs that --out holds. The models and seeds of its study are added to config's."""
-    for folder in ("", "checkpoints/"):
-        for left_by_a_kill in options.out.glob(f"{folder}{TrainUtil.PARTIAL}*"):
-            shutil.rmtree(left_by_a_kill)
+    """The runs that --out holds. config takes from its study what may change while it goes on."""
     if not (options.out / "results.json").exists():
         return []
     before, runs = read_results(options.out)
-    for name, value in json.loads(json.dumps(config)).items():
-        if name not in FREE and before.get(name) != value:
-            name, was = f"--{name.replace('_', '-')}" if hasattr(options, name) else name, before.get(name)
-            raise RefusedError(f"--out {options.out} holds a study with {name} {was}, not {value}; name another folder")
+
+    def flat(config: dict) -> dict:
+        return {
+            **config,
+            **{f"recipe.{name}": value for name, value in config.get("recipe", {}).items()},
+            "recipe": None,
+        }
+
+    now, then = flat(json.loads(json.dumps(config))), flat(before)
+    for name, value in now.items():
+        if name not in FREE and then.get(name) != value:
+            option = f"--{name.replace('_', '-')}" if hasattr(options, name) else name
+            raise RefusedError(
+                f"--out {options.out} holds a study with {option} {then.get(name)}, not {value}; name another folder"
+            )
     if before["git_commit"] != config["git_commit"]:
         print(f"--out {options.out} was begun with the code of commit {before['git_commit']}", file=sys.stderr)
     config["models"] = list(dict.fromkeys([*before["models"], *config["models"]]))
     config["seeds"] = max(before["seeds"], config["seeds"])
+    config["against"] = options.against or before["against"]
+    config["git_commit"] = before["git_commit"]
     return runs
 
 
-def checkpoint(out: Path, model: Model, seed: int) -> Path:
-    return out / "checkpoints" / f"{re.sub('[/:]', '_', model.name)}, seed {seed}.pt"
+def checkpoint(out: Path, model: str, seed: int) -> Path:
+    return out / "checkpoints" / f"{re.sub('[/:]', '_', model)}, seed {seed}.pt"
+
+
+def tidy(out: Path, runs: list[dict]) -> None:
+    """Removes what a killed process left, and checkpoints that belong to no run that is still to be done."""
+    for folder in ("", "checkpoints/"):
+        for half_written in out.glob(f"{folder}{TrainUtil.PARTIAL}*"):
+            shutil.rmtree(half_written, ignore_errors=True)
+    finished = {checkpoint(out, run["model"], run["seed"]) for run in runs}
+    for path in out.glob("checkpoints/*.pt"):
+        if path in finished or not (out / "results.json").exists():
+            path.unlink()
 
 
 def train_one(
@@ -1001,21 +1043,22 @@ def train_one(
     """The entry in results.json of one model with one seed."""
     TrainUtil.keep_memory()
     torch.backends.cudnn.deterministic = True
-    net = network(options.arch, model, seed, data.train_images)
+    net = build(options.arch, model, seed, data.train_images)
     settings = {"precision": options.precision, "compile": options.compile, "report": report}
-    settings["checkpoint"] = checkpoint(options.out, model, seed)
+    settings["checkpoint"] = checkpoint(options.out, model.name, seed)
     try:
         recipe = replace(recipe, block_decay=model.decay)
         measured = TrainUtil.train(net, data.to(options.device), recipe, seed, **settings)
     except (MemoryError, RuntimeError) as error:
         if not TrainUtil.out_of_memory(error):
             raise
+        fewer = f", or --parallel below {options.parallel} with --threads {options.threads}" * (options.parallel > 1)
         raise RunError(
-            f"{model.name}, seed {seed}: out of memory with --batch-size {recipe.batch_size}. Try a smaller one, "
-            "a smaller --parallel or --precision bfloat16"
+            f"{model.name}, seed {seed}: out of memory with --batch-size {recipe.batch_size}. Try a smaller one, with "
+            f"another --out{fewer}"
         ) from None
     parameters = sum(p.numel() for p in net.parameters())
-    weights = {"learned": learned(net), "weights_sha256": TrainUtil.digest(net)}
+    weights = {"learned": {} if measured["diverged"] else learned(net), "weights_sha256": TrainUtil.digest(net)}
     return {"model": model.name, "seed": seed, "parameters": parameters, **measured, **weights}
 
 
@@ -1025,42 +1068,49 @@ def train_all(
     recipe: TrainUtil.Recipe,
     options: argparse.Namespace,
     monitor: Monitor,
-) -> Iterator[tuple[int, dict]]:
-    """The number of each pair and its entry, as they finish; `--parallel` at a time, each in a process of its own."""
+) -> Iterator[dict]:
+    """The entry of each pair, by its number, as they finish; `--parallel` at a time, each in a process of its own."""
     if options.parallel == 1:
-        data = data.to(options.device)
         for i, pair in pairs.items():
-            yield i, train_one(*pair, data, recipe, options, partial(monitor.report, i))
+            yield train_one(*pair, data, recipe, options, partial(monitor.report, i))
         return
     context = multiprocessing.get_context("spawn")
     reports = context.SimpleQueue()
 
     def listen() -> None:
-        for message in iter(reports.get, None):
-            monitor.report(*message)
+        while True:
+            message = reports.get()
+            with suppress(OSError):  # where nobody reads the output any more, the processes must not wait for that
+                monitor.report(*message)
 
-    listener = threading.Thread(target=listen, daemon=True)
-    listener.start()
+    threading.Thread(target=listen, daemon=True).start()
     start = {"initializer": start_worker, "initargs": (options.threads, reports)}
     with ProcessPoolExecutor(options.parallel, mp_context=context, **start) as pool:
         try:
-            futures = {pool.submit(work, i, *pair, data, recipe, options): i for i, pair in pairs.items()}
+            heed = signal.signal(
+                signal.SIGINT, signal.SIG_IGN
+            )  # Ctrl-C is this process's: those that start now ignore it
+            try:
+                futures = [pool.submit(work, i, *pair, data, recipe, options) for i, pair in pairs.items()]
+            finally:
+                signal.signal(signal.SIGINT, heed)
             for future in as_completed(futures):
-                yield futures[future], future.result()
-        except BrokenProcessPool:
-            raise RunError(
-                "a process of --parallel was killed, perhaps for lack of memory: a smaller one may help"
-            ) from None
-        finally:  # the pool would wait for what it has begun
+                yield future.result()
+        except BaseException as error:  # the pool would wait for what it has begun
             for process in multiprocessing.active_children():
                 process.terminate()
-            reports.put(None)
-            listener.join()
+            if isinstance(error, BrokenProcessPool):
+                raise RunError(
+                    "a training process was killed, perhaps for lack of memory. Try --parallel below "
+                    f"{options.parallel} with --threads {options.threads}"
+                ) from None
+            raise
 
 
 def start_worker(threads: int, reports: "multiprocessing.SimpleQueue") -> None:
-    global send
-    send = reports.put
+    """Sets up a process of --parallel."""
+    global worker_reports
+    worker_reports = reports
     torch.set_num_threads(threads)
 
     def die_with_parent() -> None:  # a pool's processes outlive a parent that was killed (CPython issue 111873)
@@ -1071,7 +1121,15 @@ def start_worker(threads: int, reports: "multiprocessing.SimpleQueue") -> None:
 
 
 def work(i: int, *pair_and_settings) -> dict:
-    return train_one(*pair_and_settings, report=lambda *so_far: send((i, *so_far)))
+    """train_one in a process of --parallel, which reports to the other one once a second and once an epoch."""
+    sent = {"epochs": -1, "at": 0.0}
+
+    def report(work: float, images: int, seconds: float, history: list[dict]) -> None:
+        if len(history) > sent["epochs"] or time.monotonic() > sent["at"] + 1:
+            sent.update(epochs=len(history), at=time.monotonic())
+            worker_reports.put((i, work, images, seconds, history))
+
+    return train_one(*pair_and_settings, report)
 
 
 def compare(options: argparse.Namespace) -> int:
@@ -1088,14 +1146,19 @@ def compare(options: argparse.Namespace) -> int:
         data = data.limit(options.limit) if options.limit else data
         config = {
             **configuration(options),
+            "against": options.against or "residual",
             "data": data.name,
             "training_images": len(data.train_labels),
             "test_images": len(data.test_labels),
             "recipe": asdict(recipe),
         }
+        commit = config["git_commit"]
         runs = {(run["model"], run["seed"]): run for run in earlier_runs(options, config)}
+        if options.against not in (None, *config["models"]):
+            raise RefusedError(f"--against {options.against} must be one of the models: {', '.join(config['models'])}")
+        tidy(options.out, in_order())
         write_results(options.out, config, in_order())  # no checkpoint without the options that it belongs to
-        checkpoint(options.out, options.models[0], 0).parent.mkdir(exist_ok=True)
+        (options.out / "checkpoints").mkdir(exist_ok=True)
         pairs = [(model, seed) for seed in range(options.seeds) for model in options.models]
         finished = [(model.name, seed) in runs for model, seed in pairs]
         if any(finished):
@@ -1103,10 +1166,10 @@ def compare(options: argparse.Namespace) -> int:
         monitor = Monitor([f"{model.name}, seed {seed}" for model, seed in pairs], finished, recipe.epochs)
         left = {i: pair for i, (pair, there) in enumerate(zip(pairs, finished)) if not there}
         with monitor.bar:
-            for i, run in train_all(left, data, recipe, options, monitor):
-                runs[run["model"], run["seed"]] = {**run, "git_commit": config["git_commit"]}
+            for run in train_all(left, data, recipe, options, monitor):
+                runs[run["model"], run["seed"]] = {**run, "git_commit": commit}
                 write_results(options.out, config, in_order())
-                checkpoint(options.out, *pairs[i]).unlink()
+                checkpoint(options.out, run["model"], run["seed"]).unlink()
         with suppress(OSError):  # not empty: damaged checkpoints are kept
             (options.out / "checkpoints").rmdir()
     except (TrainUtil.DataError, RefusedError) as error:
@@ -1114,42 +1177,47 @@ def compare(options: argparse.Namespace) -> int:
         return 2
     except RunError as error:
         code = 1
-        print(f"{error}. What has finished is kept: the same --out goes on.", file=sys.stderr)
+        print(
+            f"{error}. What has finished is kept: the same command with --out {options.out} goes on.", file=sys.stderr
+        )
     except OSError as error:
         code = 1
-        print(f"{error.filename or options.out}: {error.strerror or error}. The same --out goes on.", file=sys.stderr)
+        where, what = error.filename or options.out, error.strerror or error
+        print(f"{where}: {what}. The same command with --out {options.out} goes on.", file=sys.stderr)
     except KeyboardInterrupt:
         code = 130
-        print(f"Interrupted: {len(runs)} runs have finished. --out {options.out} goes on from here.", file=sys.stderr)
+        print(
+            f"Interrupted: {len(runs)} runs have finished. The same command with --out {options.out} goes on.",
+            file=sys.stderr,
+        )
     return show(options.out, config, in_order()) or code if runs else code
 
 
 def redraw(options: argparse.Namespace) -> int:
     try:
         config, runs = read_results(options.draw)
-        models = list(dict.fromkeys(run["model"] for run in runs))
-        if options.against not in (None, *models):
-            raise RefusedError(
-                f"--against {options.against} must be one of the models in {options.draw}: {', '.join(models)}"
-            )
         if not runs:
             raise RefusedError(f"--draw {options.draw}: no run has finished yet")
+        models = dict.fromkeys(run["model"] for run in runs)
+        if options.against not in (None, *models):
+            raise RefusedError(f"--against {options.against} must be one of the models: {', '.join(models)}")
     except RefusedError as error:
         print(error, file=sys.stderr)
         return 2
-    against = options.against or config.get("against", "residual")
-    return show(options.draw, {**config, "against": against}, runs)
+    return show(options.draw, {**config, "against": options.against or config["against"]}, runs)
 
 
 def show(out: Path, config: dict, runs: list[dict]) -> int:
     """The table and the pictures."""
     rich.get_console().print(table(config, runs))
     try:
-        for path in (out / "results.json", out / "results.csv", *draw(out, config, runs)):
-            print(path)
+        drawn = draw(out, config, runs)
     except OSError as error:
-        print(f"The pictures could not be written: {error.filename or out}: {error.strerror}", file=sys.stderr)
+        print(f"The pictures could not be written: {error.filename or out}: {error.strerror or error}", file=sys.stderr)
         return 1
+    for path in (out / "results.json", out / "results.csv", *drawn):
+        if path.exists():
+            print(path)
     return 0
 
 
@@ -1157,16 +1225,16 @@ def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
     if not rich.get_console().is_terminal:
         rich.reconfigure(width=220)  # a file has no width of its own to fold the tables to
-    torch.set_num_threads(options.threads)
     if options.draw:
         return redraw(options)
+    torch.set_num_threads(options.threads)
     try:
         with filelock.FileLock(options.out / ".lock", timeout=0):
             return profile(options) if options.profile else compare(options)
     except filelock.Timeout:
         print(f"--out {options.out} is in use by another process; name another folder", file=sys.stderr)
     except OSError as error:
-        print(f"--out {options.out}: {error.strerror}", file=sys.stderr)
+        print(f"{error.filename or options.out}: {error.strerror or error}", file=sys.stderr)
     return 2
 
 

@@ -19,7 +19,6 @@ import sys
 import tempfile
 import time
 import urllib.request
-import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -90,12 +89,16 @@ class Dataset:
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A path to write to, which takes the place of `path` when all is on the disk: nobody ever finds half a file."""
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=PARTIAL) as folder:
-        temporary = Path(folder) / path.name
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=PARTIAL) as partial_folder:
+        temporary = Path(partial_folder) / path.name
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        if os.name == "posix":  # and the rename itself
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
 
 
 def load_cifar10(data_dir: Path) -> Dataset:
@@ -436,8 +439,9 @@ def digest(model: nn.Module) -> str:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether a device or the machine had no more memory; torch has an exception of its own for the former alone."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
+    """Whether a device or the machine had no more memory, for which there are many exceptions."""
+    texts = ("allocate memory", "not enough memory", "out of memory", "alloc_failed")
+    return isinstance(error, MemoryError) or any(text in str(error).lower() for text in texts)
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
@@ -457,7 +461,7 @@ def train(
 ) -> dict:
     """Trains the model on the device of the data and tests it after every epoch. Nothing is chosen by test accuracy.
 
-    A run whose loss is not finite ends with that epoch.
+    A run whose loss or weights are not finite ends with that epoch.
 
     Args:
         checkpoint: a file that is written after every epoch. Where it is there already, training goes on from it, and
@@ -466,9 +470,9 @@ def train(
             trained on, the seconds that took, and the history, all so far.
 
     Returns:
-        epochs, test_accuracy (the last epoch's), diverged (the epoch whose loss was not finite, or None), train_seconds
+        epochs, test_accuracy (the last epoch's), diverged (the epoch in which that happened, or None), train_seconds
         (training alone, without evaluation and compilation), images_per_second, compile_seconds and history (per
-        epoch: train_loss, None where it is not finite, test_accuracy, seconds).
+        epoch: train_loss, None where it diverged, test_accuracy, seconds).
     """
     device = data.train_labels.device
     model.to(device, memory_format=torch.channels_last)
@@ -512,7 +516,8 @@ def train(
         train_loss = torch.stack(losses).mean().item()  # the epoch's only wait for the device
         seconds = time.perf_counter() - start
         train_seconds += seconds
-        entry = {"epoch": epoch + 1, "train_loss": train_loss if math.isfinite(train_loss) else None}
+        finite = math.isfinite(train_loss) and all(p.isfinite().all() for p in model.parameters())
+        entry = {"epoch": epoch + 1, "train_loss": train_loss if finite else None}
         history.append({**entry, "test_accuracy": evaluate(step, data, precision), "seconds": seconds})
         if checkpoint:
             save(checkpoint, parts, history)
@@ -529,26 +534,28 @@ def train(
 
 
 def save(checkpoint: Path, parts: list, history: list[dict]) -> None:
-    buffer = io.BytesIO()  # as torch.save would hide what is wrong with a disk
+    buffer = io.BytesIO()
     torch.save({"parts": [part.state_dict() for part in parts], "history": history}, buffer)
     with replacing(checkpoint) as path:
-        path.write_bytes(buffer.getbuffer())
+        path.write_bytes(hashlib.sha256(buffer.getbuffer()).digest() + buffer.getvalue())
 
 
 def restore(checkpoint: Path, parts: list) -> list[dict]:
     """Sets the parts to what the checkpoint holds and returns its history; a damaged checkpoint is set aside."""
     if not checkpoint.exists():
         return []
+    content = checkpoint.read_bytes()
     before = copy.deepcopy([part.state_dict() for part in parts])
     try:
-        with zipfile.ZipFile(checkpoint) as archive:  # torch does not compare the check sums that it writes
-            if damaged := archive.testzip():
-                raise ValueError(f"the check sum of {damaged} differs")
-        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        if hashlib.sha256(content[32:]).digest() != content[:32]:  # torch does not compare its own check sums
+            raise ValueError("its SHA-256 differs")
+        state = torch.load(io.BytesIO(content[32:]), map_location="cpu", weights_only=True)
         for part, saved in zip(parts, state["parts"], strict=True):
             part.load_state_dict(saved)
         return state["history"]
     except Exception as error:  # whatever is wrong with it, the run can start over
+        if out_of_memory(error):
+            raise
         for part, saved in zip(parts, before):
             part.load_state_dict(saved)
         aside = checkpoint.with_suffix(".damaged")

@@ -1,5 +1,7 @@
 import copy
 import csv
+import hashlib
+import io
 import json
 import math
 import os
@@ -50,7 +52,7 @@ def data() -> TrainUtil.Dataset:
 @pytest.fixture(scope="module", params=["small", "resnet20"])
 def networks(data, request) -> dict[str, SmallCNN | ResNet]:
     names = (*MODELS, "lr@8", "pa/5", "rw+lr+pa@4/2", "rw:dim=D", "pa:rank=none", "pa:shared=false")
-    return {name: Test.network(request.param, Model.parse(name), 3, data.train_images) for name in names}
+    return {name: Test.build(request.param, Model.parse(name), 3, data.train_images) for name in names}
 
 
 def test_all_models_share_f_to_the_bit(networks):
@@ -168,7 +170,7 @@ def test_what_the_gpt_keeps_for_the_backward_pass():
 @pytest.mark.parametrize(("arch", "parameters"), [("resnet20", 0.27), ("resnet32", 0.46), ("resnet56", 0.85)])
 def test_resnets_have_the_parameters_and_the_depth_of_he_et_al(arch, parameters, data):
     """Table 6 of "Deep residual learning for image recognition", in millions."""
-    net = Test.network(arch, Model.parse("residual"), 0, data.train_images)
+    net = Test.build(arch, Model.parse("residual"), 0, data.train_images)
     assert round(sum(p.numel() for p in net.parameters()) / 1e6, 2) == parameters
     layers = [m for m in net.modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear))]
     assert f"resnet{len(layers)}" == arch
@@ -191,6 +193,7 @@ def test_a_models_name_sets_the_arguments_of_its_blocks():
     blocks = {
         name: Model.parse(name).residual(8, available=3, channel_dim=1)
         for name in (
+            "rw:bound=none",
             "rw:scale=1,bound=sigmoid",
             "rw:dim=D",
             "rw+lr@2:init=orthogonal,scale=0.5",
@@ -198,7 +201,8 @@ def test_a_models_name_sets_the_arguments_of_its_blocks():
             "pa:shared=false",
         )
     }
-    sigmoid, vectors, lr, identity, apart = blocks.values()
+    unbounded, sigmoid, vectors, lr, identity, apart = blocks.values()
+    assert unbounded.bound == "none"
     assert (sigmoid.scale, sigmoid.bound, sigmoid.dim) == (1, "sigmoid", None)
     assert vectors.w.shape == (2, 8)
     assert (lr.init, lr.scale, lr.rank, lr.residual_weights) == ("orthogonal", 0.5, 2, True)
@@ -294,7 +298,7 @@ def test_a_difference_that_may_be_none_is_shown_as_such():
     worse = [value - gain for value, gain in zip(base, (0.011, 0.009, 0.010, 0.012, 0.008))]
     alone = runs_of({"residual": base, "rw": better, "lr": unclear, "pa": worse})
     columns = {c.header: list(c.cells) for c in Test.table({**CONFIG, "seeds": 5}, alone).columns}
-    assert columns["shown"] == ["–", "higher", "no", "lower"]
+    assert columns["significant"] == ["–", "higher", "no", "lower"]
     assert columns["difference to residual"] == ["–", "+1.00", "+0.12", "-1.00"]
     low, high = map(float, columns["95 % interval"][2].strip("\\[]").split(","))
     assert low < 0 < high
@@ -308,15 +312,16 @@ def test_many_comparisons_make_a_small_p_count_for_less():
         noise = [value + gain for value, gain in zip(base, (0.004, -0.002, 0.003, -0.003, 0.002))]
         runs = runs_of({"residual": base, "rw": slightly, **dict.fromkeys(others, noise)})
         columns = {c.header: list(c.cells) for c in Test.table({**CONFIG, "seeds": 5}, runs).columns}
-        assert columns["shown"][1] == expected
+        assert columns["significant"][1] == expected
 
 
 def test_pairing_takes_out_what_the_seeds_have_in_common():
     seeds = [0.86, 0.87, 0.88, 0.89]
-    own = [0.001, -0.001, 0.0005, 0.0]
-    _, entry = Test.summarize(runs_of({"residual": seeds, "rw": [a + b for a, b in zip(seeds, own)]}))
+    own = [0.004, -0.004, 0.002, 0.0]
+    mine = [a + b for a, b in zip(seeds, own)]
+    _, entry = Test.summarize(runs_of({"residual": seeds, "rw": mine}))
     assert entry["paired_sd"] == pytest.approx(100 * stats.tstd(own))
-    assert entry["unpaired_sd"] == pytest.approx(100 * 2**0.5 * stats.tstd(seeds), rel=0.05)
+    assert entry["unpaired_sd"] == pytest.approx(100 * (stats.tstd(seeds) ** 2 + stats.tstd(mine) ** 2) ** 0.5)
 
 
 def test_a_run_that_diverged_is_counted_and_left_out():
@@ -519,14 +524,17 @@ def test_runs_side_by_side_give_the_numbers_of_one_after_the_other(tmp_path):
         (["--dataset", "mnist"], ["mnist", "cifar10", "synthetic"]),
         (["--hold-out", "5000"], ["--hold-out", "below the 5000"]),
         (["--out", str(Path(__file__))], ["--out", Path(__file__).name]),
-        (["--against", "rw+pa"], ["--against rw+pa", "one of --models"]),
-        (["--models", "rw:norm=3"], ["'norm=3'", "bound=", "dim=D"]),
-        (["--models", "rw:bound=tanh"], ["'rw:bound=tanh'", "softmax, sigmoid, single, none", "'tanh'"]),
-        (["--models", "rw:scale=-1"], ["'rw:scale=-1'", "positive"]),
+        (["--models", "rw:norm=3"], ["'norm=3'", "bound=softmax|sigmoid|single|none", "dim=D"]),
+        (["--models", "rw:bound=tanh"], ["'bound=tanh'", "softmax|sigmoid|single|none"]),
+        (["--models", "rw:dim=64"], ["'dim=64'", "dim=D"]),
+        (["--models", "rw:scale=0"], ["'rw:scale=0'", "positive"]),
+        (["--models", "rw:scale=1,scale=2"], ["'rw:scale=1,scale=2'", "twice"]),
+        (["--models", "pa@8:rank=none"], ["'pa@8:rank=none'", "twice"]),
+        (["--models", "rw:scale=-1"], ["'scale=-1'", "scale=NUMBER"]),
         (["--models", "lr:shared=true"], ["'lr:shared=true'", "shared"]),
-        (["--models", "pa:shared=no"], ["'shared=no'", "true or false"]),
-        (["--models", "pa:rank=2.5"], ["'pa:rank=2.5'"]),
-        (["--models", "rw:decay=-1"], ["decay", "at least 0"]),
+        (["--models", "pa:shared=no"], ["'shared=no'", "shared=true|false"]),
+        (["--models", "pa:rank=2.5"], ["'rank=2.5'", "rank=none"]),
+        (["--models", "rw:decay=-1"], ["'decay=-1'", "decay=NUMBER"]),
         (["--models", "deeper:scale=1"], ["'deeper:scale=1'", "no arguments"]),
         (["--gpt", "100", "4", "256", "4"], ["--gpt", "100", "multiple of 64"]),
         (["--gpt", "64", "0", "256", "4"], ["--gpt", "at least 1", "'0'"]),
@@ -584,25 +592,17 @@ def test_what_has_finished_is_read_and_not_repeated(finished, tmp_path, capsys):
     assert "images/s," not in printed
     assert json.loads((out / "results.json").read_text())["runs"] == before
     assert Test.main([*SYNTHETIC, "--models", "lr", "residual", "--seeds", "3", "--out", str(out)]) == 0
-    assert "4 of 6" not in capsys.readouterr().out  # two of residual's alone
+    assert "2 of 6 runs are in" in capsys.readouterr().out
     after = json.loads((out / "results.json").read_text())
     assert [run for run in after["runs"] if run in before] == before
     assert len(after["runs"]) == 6 + 3 + 1
     assert after["config"]["models"] == ["residual", "rw", "rw+lr+pa@4/2", "lr"]
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        ("--epochs", "2"),
-        ("--batch-size", "50"),
-        ("--limit", "300"),
-        ("--arch", "wide"),
-        ("--hold-out", "9"),
-        ("--compile",),
-    ],
-    ids=" ".join,
-)
+OTHERS = "--epochs 2,--batch-size 50,--limit 300,--arch wide,--hold-out 9,--threads 7,--precision float32,--compile"
+
+
+@pytest.mark.parametrize("options", [each.split() for each in OTHERS.split(",")], ids=" ".join)
 def test_a_study_with_other_options_is_refused(options, finished, tmp_path, capsys):
     out = shutil.copytree(finished[1], tmp_path / "out")
     before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
@@ -614,7 +614,25 @@ def test_a_study_with_other_options_is_refused(options, finished, tmp_path, caps
     assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"config": {"models": '])
+def test_a_study_with_another_recipe_is_refused(finished, tmp_path, monkeypatch, capsys):
+    out = shutil.copytree(finished[1], tmp_path / "out")
+    monkeypatch.setattr(TrainUtil, "Recipe", partial(TrainUtil.Recipe, lr=0.5))
+    assert Test.main([*SYNTHETIC, "--out", str(out)]) == 2
+    assert "recipe.lr 0.01, not 0.5" in capsys.readouterr().err
+
+
+def test_what_the_others_are_compared_with_must_be_there(finished, tmp_path, capsys):
+    out = shutil.copytree(finished[1], tmp_path / "out")
+    assert Test.main([*SYNTHETIC, "--models", "residual", "--against", "pa", "--out", str(out)]) == 2
+    error = capsys.readouterr().err
+    assert "--against pa must be one of the models: residual, rw, rw+lr+pa@4/2" in error
+    assert Test.main([*SYNTHETIC, "--models", "residual", "--against", "rw", "--out", str(out)]) == 0
+    assert "difference to rw" in capsys.readouterr().out
+    assert Test.main([*SYNTHETIC, "--models", "residual", "--out", str(out)]) == 0
+    assert "difference to rw" in capsys.readouterr().out  # as the study had it
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"config": [], "runs": []}', '{"config": {"models": '])
 def test_results_that_are_none_are_left_alone(text, tmp_path, capsys):
     (tmp_path / "results.json").write_text(text)
     assert Test.main([*SYNTHETIC, "--out", str(tmp_path)]) == 2
@@ -646,9 +664,10 @@ def test_killed_at_random_moments_a_study_ends_with_the_same_bits(uninterrupted,
         out = tmp_path / str(studies)
         command = [sys.executable, str(ROOT / "Test.py"), *STUDY, "--out", str(out)]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        process.stdout.readline()  # imports are done, and one epoch
+        if generator.random() < 0.5:
+            process.stdout.readline()  # what comes before the first epoch has ended takes most of the time
         try:
-            process.communicate(timeout=generator.uniform(0, 1))
+            process.communicate(timeout=generator.uniform(0, 3))
             assert process.returncode == 0
             assert numbers(out) == uninterrupted
             studies += 1
@@ -694,6 +713,15 @@ def test_killed_while_a_file_is_written_a_study_ends_with_the_same_bits(uninterr
         codes.append(subprocess.run(command, cwd=ROOT, capture_output=True).returncode)
     assert codes == 6 * [-signal.SIGKILL] + [0]
     assert numbers(tmp_path) == uninterrupted
+    assert not list(tmp_path.rglob(TrainUtil.PARTIAL + "*"))
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_checkpoint_of_a_study_that_is_gone_is_not_used(half_finished, uninterrupted, tmp_path, capsys):
+    (tmp_path / "results.json").unlink()
+    capsys.readouterr()
+    assert Test.main([*STUDY, "--out", str(tmp_path)]) == 0
+    assert "[1/4] residual, seed 0, epoch 1/3" in capsys.readouterr().out
 
 
 def processes_of(parent: int) -> list[int]:
@@ -746,28 +774,37 @@ def half_finished(tmp_path, monkeypatch, uninterrupted) -> Path:
     return checkpoint
 
 
-@pytest.mark.parametrize("damage", ["none", "cut short", "empty", "one bit", "code", "other weights"])
+@pytest.mark.parametrize("damage", ["none", "cut short", "empty", "one bit", "code", "other weights", "other shape"])
 def test_a_damaged_checkpoint_is_set_aside(damage, half_finished, uninterrupted, tmp_path, capsys):
     content = half_finished.read_bytes()
     ran = tmp_path / "ran"
+
+    class Code:
+        def __reduce__(self):
+            return Path.touch, (ran,)
+
+    def saved(state, digest=None) -> bytes:
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        return (digest or hashlib.sha256(buffer.getvalue()).digest()) + buffer.getvalue()
+
+    state = torch.load(io.BytesIO(content[32:]), weights_only=True)
     if damage == "cut short":
-        half_finished.write_bytes(content[: len(content) // 2])
+        content = content[: len(content) // 2]
     elif damage == "empty":
-        half_finished.write_bytes(b"")
+        content = b""
     elif damage == "one bit":
         middle = len(content) // 2
-        half_finished.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+        content = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
     elif damage == "code":
-
-        class Code:
-            def __reduce__(self):
-                return Path.touch, (ran,)
-
-        torch.save({"parts": Code(), "history": []}, half_finished)
+        content = saved({"parts": Code(), "history": []})
     elif damage == "other weights":
-        state = torch.load(half_finished, weights_only=True)
+        state["parts"][0]["classifier.weight"].zero_()
+        content = saved(state, content[:32])
+    elif damage == "other shape":
         state["parts"][0]["classifier.weight"] = torch.zeros(10, 64)
-        torch.save(state, half_finished)
+        content = saved(state)
+    half_finished.write_bytes(content)
     capsys.readouterr()
     assert Test.main([*STUDY, "--out", str(tmp_path)]) == 0
     captured = capsys.readouterr()
@@ -785,14 +822,14 @@ def test_a_damaged_checkpoint_is_set_aside(damage, half_finished, uninterrupted,
 
 
 def test_a_run_that_diverges_is_recorded_and_the_others_go_on(tmp_path, monkeypatch, capsys):
-    def network(arch, model, seed, images):
+    def build(arch, model, seed, images):
         net = original(arch, model, seed, images)
         if (model.name, seed) == ("rw", 1):
             net.classifier.weight.register_hook(lambda grad: grad * math.inf)
         return net
 
-    original = Test.network
-    monkeypatch.setattr(Test, "network", network)
+    original = Test.build
+    monkeypatch.setattr(Test, "build", build)
     options = [*SYNTHETIC, "--epochs", "3", "--models", "residual", "rw", "lr", "--seeds", "2", "--out", str(tmp_path)]
     assert Test.main(options) == 0
     printed = capsys.readouterr().out
@@ -806,6 +843,37 @@ def test_a_run_that_diverges_is_recorded_and_the_others_go_on(tmp_path, monkeypa
     assert "(1 of 2 seeds, 1 diverged)" in printed
     assert Test.main(options) == 0  # and is not tried again
     assert "6 of 6" in capsys.readouterr().out
+
+
+def test_a_study_of_nothing_but_diverged_runs_is_shown_too(tmp_path, monkeypatch, capsys):
+    def build(arch, model, seed, images):
+        net = original(arch, model, seed, images)
+        with torch.no_grad():
+            net.stages[0].residuals[0].w.fill_(math.inf)
+        return net
+
+    original = Test.build
+    monkeypatch.setattr(Test, "build", build)
+    assert Test.main([*SYNTHETIC, "--models", "rw", "--out", str(tmp_path)]) == 0
+    assert "(0 of 1 seeds, 1 diverged)" in capsys.readouterr().out
+    text = (tmp_path / "results.json").read_text()
+    assert "NaN" not in text
+    assert json.loads(text)["runs"][0]["diverged"] == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (MemoryError(), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"), True),
+        (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 1 bytes"), True),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+    ],
+)
+def test_out_of_memory_is_told_from_other_errors(error, expected):
+    assert TrainUtil.out_of_memory(error) == expected
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the memory of a process")
@@ -898,6 +966,43 @@ def test_every_stored_study_can_be_drawn_again_from_its_file_alone(study, tmp_pa
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 
+def test_pictures_show_the_numbers_of_the_table(tmp_path, monkeypatch):
+    """Rows of a forest plot, points and intervals; curves with their means; axes with units."""
+    import matplotlib.pyplot as plt
+
+    figures = []
+    monkeypatch.setattr(plt, "close", figures.append)
+    base, rw = [0.870, 0.872, 0.868], [0.881, 0.882, 0.876]
+    history = [[{"seconds": 2.0, "test_accuracy": a - 0.1}, {"seconds": 3.0, "test_accuracy": a}] for a in base + rw]
+    values = [{}] * 3 + [
+        {"alpha": {"1.1": a}, "beta": {"1.1": 2 - a}, "gamma[0]": {"1.1": 5.0}} for a in (1.0, 1.1, 1.2)
+    ]
+    runs = runs_of({"residual": base, "rw": rw})
+    runs = [{**run, "history": h, "learned": v} for run, h, v in zip(runs, history, values)]
+    runs[3]["parameters"] = runs[4]["parameters"] = runs[5]["parameters"] = 110
+    assert [path.name for path in Test.draw(tmp_path, {**CONFIG, "seeds": 3}, runs)] == list(PICTURES)
+    accuracy, differences, parameters, learned = (figure.axes for figure in figures)
+    assert accuracy[0].get_xlabel() == "training time (s)"
+    assert accuracy[0].get_ylabel() == "test accuracy (%)"
+    lines = {line.get_label(): line for line in accuracy[0].lines}
+    assert list(lines["rw"].get_xdata()) == [2.0, 5.0]
+    assert lines["rw"].get_ydata() == pytest.approx([100 * (sum(rw) / 3 - 0.1), 100 * sum(rw) / 3])
+    assert len({(line.get_marker(), line.get_linestyle()) for line in lines.values()}) == 2
+    entry = Test.summarize(runs)[1]
+    (bar,) = differences[0].collections
+    (segment,) = bar.get_segments()
+    assert segment[:, 0] == pytest.approx(entry["interval"])
+    assert [text.get_text() for text in differences[0].get_yticklabels()] == ["rw"]
+    assert "percentage points" in differences[0].get_xlabel()
+    assert parameters[0].get_xlabel() == "parameters added to those of residual"
+    assert 100.0 in [line.get_xdata()[0] for line in parameters[0].lines]
+    alpha, beta, heat = learned[:3]
+    assert (alpha.get_ylabel(), beta.get_ylabel()) == ("α", "β")
+    assert alpha.lines[0].get_ydata() == pytest.approx([1.1])
+    assert beta.lines[0].get_ydata() == pytest.approx([0.9])
+    assert heat.images[0].get_array().tolist() == [[5.0]]
+
+
 def test_drawing_without_a_study(tmp_path, capsys):
     assert Test.main(["--draw", str(tmp_path)]) == 2
     assert str(tmp_path / "results.json") in capsys.readouterr().err
@@ -938,12 +1043,12 @@ def test_interrupting_keeps_what_has_finished(parallel, tmp_path):
     command = [sys.executable, str(ROOT / "Test.py"), *SYNTHETIC, *options]
     heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background job starts by ignoring it
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "encoding": "utf-8"}
-    process = subprocess.Popen(command, preexec_fn=heed, **pipes)
+    process = subprocess.Popen(command, preexec_fn=heed, start_new_session=True, **pipes)
     try:
         deadline = time.monotonic() + 120
-        while not (out / "results.json").exists() and time.monotonic() < deadline:
+        while not ((out / "results.json").exists() and numbers(out)) and time.monotonic() < deadline:
             time.sleep(0.1)
-        process.send_signal(signal.SIGINT)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
         stdout, stderr = process.communicate(timeout=60)
     finally:
         process.kill()
@@ -952,7 +1057,7 @@ def test_interrupting_keeps_what_has_finished(parallel, tmp_path):
     assert f"{len(runs)} runs have finished" in stderr
     assert "Traceback" not in stderr
     assert f"| {runs[0]['model']} " in stdout
-    assert {"accuracy.png", "learned.png", "results.csv", "results.json"} <= {path.name for path in out.iterdir()}
+    assert {"accuracy.png", "results.csv", "results.json"} <= {path.name for path in out.iterdir()}
 
 
 def test_help_has_examples_that_parse(tmp_path, monkeypatch, capsys):

@@ -560,9 +560,11 @@ def test_training_goes_on_from_a_checkpoint_to_the_same_bits(stop, made_up, tmp_
 def test_a_checkpoint_that_does_not_fit_leaves_all_parts_as_they_were(made_up, tmp_path, capsys):
     path = tmp_path / "checkpoint.pt"
     train(network(), made_up.limit(100), Recipe(epochs=1, batch_size=100), 0, checkpoint=path)
-    state = torch.load(path, weights_only=True)
+    state = torch.load(io.BytesIO(path.read_bytes()[32:]), weights_only=True)
     state["parts"][1]["param_groups"] = []  # the first part fits, the second does not
-    torch.save(state, path)
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    path.write_bytes(hashlib.sha256(buffer.getvalue()).digest() + buffer.getvalue())
     parts = [network(), *TrainUtil.optimizers(network(), Recipe())]
     before = TrainUtil.digest(parts[0])
     assert TrainUtil.restore(path, parts) == []
@@ -570,6 +572,19 @@ def test_a_checkpoint_that_does_not_fit_leaves_all_parts_as_they_were(made_up, t
     assert str(path) in capsys.readouterr().err
     assert not path.exists()
     assert path.with_suffix(".damaged").exists()
+
+
+def test_a_checkpoint_is_not_given_up_for_lack_of_memory(made_up, tmp_path, monkeypatch):
+    def load_state_dict(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    path = tmp_path / "checkpoint.pt"
+    train(network(), made_up.limit(100), Recipe(epochs=1, batch_size=100), 0, checkpoint=path)
+    content = path.read_bytes()
+    monkeypatch.setattr(nn.Module, "load_state_dict", load_state_dict)
+    with pytest.raises(torch.OutOfMemoryError):
+        train(network(), made_up.limit(100), Recipe(epochs=2, batch_size=100), 0, checkpoint=path)
+    assert path.read_bytes() == content
 
 
 def test_a_digest_tells_one_bit():
