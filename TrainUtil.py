@@ -415,7 +415,8 @@ def device_name(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     if device.type == "cpu":
         name = cpu_capabilities().get("cpu_name") or platform.processor() or "CPU"
-        return f"{name}, {torch.get_num_threads()} threads"
+        threads = torch.get_num_threads()
+        return f"{name}, {threads} thread{'s' * (threads > 1)}"
     return device.type
 
 
