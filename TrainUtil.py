@@ -415,8 +415,7 @@ def device_name(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     if device.type == "cpu":
         name = cpu_capabilities().get("cpu_name") or platform.processor() or "CPU"
-        threads = torch.get_num_threads()
-        return f"{name}, {threads} thread{'s' * (threads > 1)}"
+        return f"{name}, {torch.get_num_threads()} threads"
     return device.type
 
 
