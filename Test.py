@@ -398,8 +398,7 @@ longer training, residual, mean of three seeds on 2 CPU cores with bfloat16: 87.
 
 examples:
   python Test.py                                        residual, rw, lr and pa, one seed
-  python Test.py --models residual rw+lr deeper --seeds 10 --parallel 2 --out runs/study
-  python Test.py --models residual rw+lr deeper --seeds 10 --parallel 2 --out runs/study    goes on where it was stopped
+  python Test.py --models residual rw+lr deeper --seeds 10 --out runs/study    again: goes on where it was stopped
   python Test.py --draw runs/study                      its table and pictures, from its files alone
   python Test.py --models residual --epochs 15          longer training, higher accuracy
   python Test.py --dataset synthetic --epochs 2         no download, done in a minute
@@ -442,7 +441,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--models", nargs="+", type=Model.parse, metavar="MODEL", help="(default: residual rw lr pa; --profile: all)")
-    add("--arch", choices=ARCHS, default="small", help="medium for longer training, wide for a GPU (default: small)")
+    add("--arch", choices=ARCHS, default="small", help="medium trains longer, wide is for a GPU (default: small)")
     add("--epochs", type=count, default=default.epochs, metavar="N", help="(default: %(default)s)")
     add("--batch-size", type=count, default=default.batch_size, metavar="N", help="(default: %(default)s)")
     add("--seeds", type=count, default=1, metavar="N", help="train every model with seeds 0 to N-1 (default: 1)")
@@ -460,9 +459,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--network", choices=("both", "cnn", "gpt"), default="both", help="--profile: (default: both)")
     shape = ("DIM", "LAYERS", "LENGTH", "BATCH")
     add("--gpt", type=count, nargs=4, default=[768, 4, 256, 4], metavar=shape, help="--profile: (default: 768 4 256 4)")
-    add(
-        "--out", type=Path, metavar="DIR", help="where results go; goes on with what is there (default: runs/ and time)"
-    )
+    add("--out", type=Path, metavar="DIR", help="where results go; goes on with a study (default: runs/ and time)")
     add("--against", metavar="MODEL", help="what the others are compared with (default: residual)")
     add("--draw", type=Path, metavar="DIR", help="show the table and draw the pictures of an earlier --out, and end")
     options = parser.parse_args(argv)
@@ -767,7 +764,8 @@ def draw(out: Path, config: dict, runs: list[dict]) -> list[Path]:
         keep(fig, "parameters.png")
 
     # α and β by layer, mean and standard deviation; γ by layer and activation, mean over the seeds
-    layers = sorted({layer for run in runs for values in run["learned"].values() for layer in values})
+    layers = {layer for run in runs for values in run["learned"].values() for layer in values}
+    layers = sorted(layers, key=lambda layer: [int(number) for number in layer.split(".")])
     if layers:
         fig, (*lines, heat) = figure(14, 4.5, panels=3)
         for panel, symbol, key in zip(lines, "αβ", ("alpha", "beta")):
