@@ -519,9 +519,11 @@ def train(
         finite = math.isfinite(train_loss) and all(p.isfinite().all() for p in model.parameters())
         entry = {"epoch": epoch + 1, "train_loss": train_loss if finite else None}
         history.append({**entry, "test_accuracy": evaluate(step, data, precision), "seconds": seconds})
-        if checkpoint:
-            save(checkpoint, parts, history)
-        tell(train_seconds)
+        try:
+            if checkpoint:
+                save(checkpoint, parts, history)
+        finally:
+            tell(train_seconds)
     return {
         "epochs": len(history),
         "test_accuracy": history[-1]["test_accuracy"],

@@ -576,6 +576,7 @@ def test_a_checkpoint_that_does_not_fit_leaves_all_parts_as_they_were(made_up, t
 
 def test_a_checkpoint_is_not_given_up_for_lack_of_memory(made_up, tmp_path, monkeypatch):
     def load_state_dict(*args, **kwargs):
+        monkeypatch.undo()
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     path = tmp_path / "checkpoint.pt"
