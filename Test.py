@@ -781,6 +781,7 @@ def draw(out: Path, config: dict, runs: list[dict]) -> list[Path]:
                 panel.legend(fontsize="small")
             else:
                 panel.text(0.5, 0.5, f"no model here learns {symbol}", ha="center", transform=panel.transAxes)
+                panel.set_axis_off()
         rows = {
             f"{name} γ{key[6:-1]}": over_seeds(
                 [[run["learned"][key].get(i, math.nan) for i in layers] for run in mine]
@@ -802,6 +803,7 @@ def draw(out: Path, config: dict, runs: list[dict]) -> list[Path]:
             fig.colorbar(image, ax=heat)
         else:
             heat.text(0.5, 0.5, "no model here learns γ", ha="center", transform=heat.transAxes)
+            heat.set_axis_off()
         keep(fig, "learned.png")
     return drawn
 
