@@ -760,7 +760,8 @@ def draw(out: Path, config: dict, runs: list[dict]) -> list[Path]:
             )
         axes.set(xscale="log", xlabel=f"parameters added to those of {against}", ylabel="test accuracy (%)")
         axes.grid(alpha=0.3)
-        axes.legend(title="mean ± standard deviation" if config["seeds"] > 1 else None)
+        how = "mean ± standard deviation" if config["seeds"] > 1 else None
+        axes.legend(title=how, loc="center left", bbox_to_anchor=(1, 0.5))  # beside the panel, over no error bar
         keep(fig, "parameters.png")
 
     # α and β by layer, mean and standard deviation; γ by layer and activation, mean over the seeds

@@ -576,7 +576,9 @@ def uninterrupted(tmp_path_factory) -> list[dict]:
 
 
 @pytest.fixture(autouse=True)
-def same_number_of_threads():
+def process_stays_as_it_was(monkeypatch):
+    """Whatever Test.main does in the process of the tests: memory that is kept would add up over all of them."""
+    monkeypatch.setattr(TrainUtil, "keep_memory", lambda: None)
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
