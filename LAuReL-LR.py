@@ -19,12 +19,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 BOUNDS = ("softmax", "sigmoid", "single", "none")
+# What a branch may end in for `fold`: weight and bias multiply and add to each channel of the output.
+AFFINE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+AFFINE += (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 INITS = ("xavier", "orthogonal")
 
 
-def weighted_sum(alpha: Tensor, t: Tensor, beta: Tensor, x: Tensor) -> Tensor:
-    """α t + β x, with the dtype of t + x."""
+def weighted_sum(alpha: Tensor | None, t: Tensor, beta: Tensor, x: Tensor) -> Tensor:
+    """α t + β x, with the dtype of t + x; α is None where it is in t already."""
     dtype = torch.promote_types(t.dtype, x.dtype)
+    if alpha is None:
+        return torch.addcmul(t.to(dtype), beta, x).to(dtype)
     return torch.addcmul(beta * x.to(dtype), alpha, t).to(dtype)
 
 
@@ -52,9 +57,9 @@ class Recompute(torch.autograd.Function):
         return (grad * t).sum_to_size(alpha.shape), alpha * grad, (grad * x).sum_to_size(beta.shape), beta * grad
 
 
-def recoverable(alpha: Tensor, beta: Tensor, dtype: torch.dtype) -> bool:
+def recoverable(alpha: Tensor | None, beta: Tensor, dtype: torch.dtype) -> bool:
     """Whether α is learned and large enough, and the dtype exact enough, to have t back from α t + β x."""
-    if torch.compiler.is_compiling() or not alpha.requires_grad or alpha.is_meta:
+    if torch.compiler.is_compiling() or alpha is None or not alpha.requires_grad or alpha.is_meta:
         return False
     return dtype in (torch.float32, torch.float64) and bool((8 * alpha.abs() > beta.abs()).all())
 
@@ -135,6 +140,7 @@ class LAuReL_LR(nn.Module):
         self.A = nn.Parameter(torch.empty(rank, dim))
         self.B = nn.Parameter(torch.empty(dim, rank))
         self.w = nn.Parameter(torch.empty(1 if bound == "single" else 2)) if residual_weights else None
+        self.register_buffer("folded_beta", None)
         self.norm = norm
         self.reset_parameters()
 
@@ -152,9 +158,9 @@ class LAuReL_LR(nn.Module):
             nn.init.constant_(self.w, 1.0 if self.bound == "none" else 0.0)
 
     def weights(self) -> tuple[Tensor | None, Tensor | None]:
-        """α and β, bounded; None without residual weights, where both are fixed at 1."""
+        """α and β, bounded; None without residual weights, where both are fixed at 1. After `fold` α is None."""
         if self.w is None:
-            return None, None
+            return None, self.folded_beta
         if self.bound == "single":
             alpha = self.scale * torch.sigmoid(self.w[0])
             return alpha, self.scale - alpha
@@ -168,7 +174,7 @@ class LAuReL_LR(nn.Module):
 
     @property
     def alpha(self) -> Tensor | None:
-        """α, the weight of the branch f(x); None without residual weights."""
+        """α, the weight of the branch f(x); None without residual weights and after `fold`."""
         return self.weights()[0]
 
     @property
@@ -196,8 +202,8 @@ class LAuReL_LR(nn.Module):
         if self.norm is not None:
             h = self.norm(F.linear(u, self.B.to(u.dtype)).movedim(-1, self.channel_dim))
             # A norm may return float32 where x and fx are bfloat16.
-            return (x + fx + h if self.w is None else weighted_sum(alpha, fx, beta, x + h)).to(dtype)
-        if self.w is None:
+            return (x + fx + h if beta is None else weighted_sum(alpha, fx, beta, x + h)).to(dtype)
+        if beta is None:
             return self.add(x + fx, self.B, u)
         # β is multiplied into B, which is smaller than x + B A x and need not be kept for the backward pass.
         if self.recompute and recoverable(alpha, beta, dtype):
@@ -207,7 +213,45 @@ class LAuReL_LR(nn.Module):
     def extra_repr(self) -> str:
         text = f"dim={self.dim}, rank={self.rank}, init={self.init!r}, channel_dim={self.channel_dim}"
         text += f", bound={self.bound!r}, scale={self.scale}" if self.residual_weights else ""
-        return text + (", recompute=True" if self.recompute else "")
+        text += ", recompute=True" if self.recompute else ""
+        return text + (", folded" if self.folded_beta is not None else "")
+
+
+@torch.no_grad()
+def fold(block: LAuReL_LR, layer: nn.Module) -> None:
+    """Moves α of a trained block into the layer that the branch ends in, so that it costs nothing at inference.
+
+    Changes both in place: the layer's weight and bias are multiplied by α, and the block then computes
+    f(x) + β · (x + B A x), with β a constant. The outputs stay the same, to rounding.
+
+    Args:
+        block: with α and β that were not folded before.
+        layer: the last one of f, where it is linear, a convolution or a norm with a weight: Linear, Conv1d to 3d,
+            BatchNorm1d to 3d, LayerNorm, GroupNorm, RMSNorm. It must belong to this branch alone, and its channels must
+            be those of the block.
+
+    Raises:
+        TypeError: another kind of layer, such as an activation, through which α can't be moved.
+        ValueError: a block without α.
+
+    Example:
+        >>> f, residual, x = nn.Linear(64, 64), LAuReL_LR(64, residual_weights=True), torch.randn(8, 64)
+        >>> _ = nn.init.normal_(residual.w)
+        >>> before = residual(x, f(x))
+        >>> fold(residual, f)
+        >>> torch.allclose(residual(x, f(x)), before, atol=1e-5)
+        True
+    """
+    if not isinstance(layer, AFFINE) or not isinstance(layer.weight, nn.Parameter):
+        allowed = ", ".join(kind.__name__ for kind in AFFINE)
+        raise TypeError(f"layer must be one of {allowed} with a weight of its own, got {layer}")
+    alpha, beta = block.weights()
+    if alpha is None:
+        raise ValueError("block has no α: it has no residual weights, or was folded before")
+    for p in (layer.weight, getattr(layer, "bias", None)):
+        if p is not None:
+            p.mul_(alpha)
+    block.w, block.folded_beta = None, beta.clone()
 
 
 if __name__ == "__main__":

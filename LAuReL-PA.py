@@ -22,12 +22,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 BOUNDS = ("softmax", "sigmoid", "single", "none")
+# What a branch may end in for `fold`: weight and bias multiply and add to each channel of the output.
+AFFINE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+AFFINE += (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 INITS = ("xavier", "orthogonal")
 
 
-def weighted_sum(alpha: Tensor, t: Tensor, beta: Tensor, x: Tensor) -> Tensor:
-    """α t + β x, with the dtype of t + x."""
+def weighted_sum(alpha: Tensor | None, t: Tensor, beta: Tensor, x: Tensor) -> Tensor:
+    """α t + β x, with the dtype of t + x; α is None where it is in t already."""
     dtype = torch.promote_types(t.dtype, x.dtype)
+    if alpha is None:
+        return torch.addcmul(t.to(dtype), beta, x).to(dtype)
     return torch.addcmul(beta * x.to(dtype), alpha, t).to(dtype)
 
 
@@ -55,9 +60,9 @@ class Recompute(torch.autograd.Function):
         return (grad * t).sum_to_size(alpha.shape), alpha * grad, (grad * x).sum_to_size(beta.shape), beta * grad
 
 
-def recoverable(alpha: Tensor, beta: Tensor, dtype: torch.dtype) -> bool:
+def recoverable(alpha: Tensor | None, beta: Tensor, dtype: torch.dtype) -> bool:
     """Whether α is learned and large enough, and the dtype exact enough, to have t back from α t + β x."""
-    if torch.compiler.is_compiling() or not alpha.requires_grad or alpha.is_meta:
+    if torch.compiler.is_compiling() or alpha is None or not alpha.requires_grad or alpha.is_meta:
         return False
     return dtype in (torch.float32, torch.float64) and bool((8 * alpha.abs() > beta.abs()).all())
 
@@ -166,6 +171,7 @@ class LAuReL_PA(nn.Module):
         self.A = None if rank is None else nn.Parameter(torch.empty(*pairs, rank, dim))
         self.B = None if rank is None else nn.Parameter(torch.empty(*pairs, dim, rank))
         self.w = nn.Parameter(torch.empty(1 if bound == "single" else 2)) if residual_weights else None
+        self.register_buffer("folded_beta", None)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -185,9 +191,9 @@ class LAuReL_PA(nn.Module):
             nn.init.constant_(self.w, 1.0 if self.bound == "none" else 0.0)
 
     def weights(self) -> tuple[Tensor | None, Tensor | None]:
-        """α and β, bounded; None without residual weights, where both are fixed at 1."""
+        """α and β, bounded; None without residual weights, where both are fixed at 1. After `fold` α is None."""
         if self.w is None:
-            return None, None
+            return None, self.folded_beta
         if self.bound == "single":
             alpha = self.scale * torch.sigmoid(self.w[0])
             return alpha, self.scale - alpha
@@ -201,7 +207,7 @@ class LAuReL_PA(nn.Module):
 
     @property
     def alpha(self) -> Tensor | None:
-        """α, the weight of the branch f(x_i); None without residual weights."""
+        """α, the weight of the branch f(x_i); None without residual weights and after `fold`."""
         return self.weights()[0]
 
     @property
@@ -238,9 +244,9 @@ class LAuReL_PA(nn.Module):
         recompute = self.recompute and self.w is not None
         if recompute:
             recompute = recoverable(alpha, beta if self.rank is not None else beta * (1 + gamma.abs().sum()), dtype)
-        factor = 1 if self.w is None else beta / alpha if recompute else beta
+        factor = 1 if beta is None else beta / alpha if recompute else beta
         if self.rank is None:  # x_i + Σ γ_j x_{i-j} = (1 + γ_0) x_i + γ_1 x_{i-1} + …
-            if self.w is None:
+            if beta is None:
                 y = torch.addcmul(fx, 1 + gamma[0], x)
             else:
                 y = fx if recompute else weighted_sum(alpha, fx, beta * (1 + gamma[0]), x)
@@ -260,7 +266,7 @@ class LAuReL_PA(nn.Module):
         else:
             u = torch.cat(us, dim=-1)  # (…, kr)
             B = ((factor * gamma)[:, None, None] * self.B[: len(xs)]).movedim(0, 1).flatten(1)  # (D, kr)
-        if self.w is None:
+        if beta is None:
             return self.add(x + fx, B, u)
         if recompute:
             return Recompute.apply(alpha, self.add(fx.to(dtype), B, u), beta, x)
@@ -272,7 +278,45 @@ class LAuReL_PA(nn.Module):
             text += f", shared={self.shared}, init={self.init!r}"
         if self.residual_weights:
             text += f", bound={self.bound!r}, scale={self.scale}"
-        return f"{text}, channel_dim={self.channel_dim}" + (", recompute=True" if self.recompute else "")
+        text += f", channel_dim={self.channel_dim}" + (", recompute=True" if self.recompute else "")
+        return text + (", folded" if self.folded_beta is not None else "")
+
+
+@torch.no_grad()
+def fold(block: LAuReL_PA, layer: nn.Module) -> None:
+    """Moves α of a trained block into the layer that the branch ends in, so that it costs nothing at inference.
+
+    Changes both in place: the layer's weight and bias are multiplied by α, and the block then computes
+    f(x_i) + β · (x_i + Σ γ_j h(x_{i-j})), with β a constant. The outputs stay the same, to rounding.
+
+    Args:
+        block: with α and β that were not folded before.
+        layer: the last one of f, where it is linear, a convolution or a norm with a weight: Linear, Conv1d to 3d,
+            BatchNorm1d to 3d, LayerNorm, GroupNorm, RMSNorm. It must belong to this branch alone, and its channels must
+            be those of the block.
+
+    Raises:
+        TypeError: another kind of layer, such as an activation, through which α can't be moved.
+        ValueError: a block without α.
+
+    Example:
+        >>> f, residual, xs = nn.Linear(64, 64), LAuReL_PA(64, residual_weights=True), [torch.randn(8, 64)]
+        >>> _ = nn.init.normal_(residual.w)
+        >>> before = residual(xs, f(xs[-1]))
+        >>> fold(residual, f)
+        >>> torch.allclose(residual(xs, f(xs[-1])), before, atol=1e-5)
+        True
+    """
+    if not isinstance(layer, AFFINE) or not isinstance(layer.weight, nn.Parameter):
+        allowed = ", ".join(kind.__name__ for kind in AFFINE)
+        raise TypeError(f"layer must be one of {allowed} with a weight of its own, got {layer}")
+    alpha, beta = block.weights()
+    if alpha is None:
+        raise ValueError("block has no α: it has no residual weights, or was folded before")
+    for p in (layer.weight, getattr(layer, "bias", None)):
+        if p is not None:
+            p.mul_(alpha)
+    block.w, block.folded_beta = None, beta.clone()
 
 
 if __name__ == "__main__":

@@ -15,11 +15,16 @@ import torch
 from torch import Tensor, nn
 
 BOUNDS = ("softmax", "sigmoid", "single", "none")
+# What a branch may end in for `fold`: weight and bias multiply and add to each channel of the output.
+AFFINE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+AFFINE += (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
-def weighted_sum(alpha: Tensor, t: Tensor, beta: Tensor, x: Tensor) -> Tensor:
-    """α t + β x, with the dtype of t + x."""
+def weighted_sum(alpha: Tensor | None, t: Tensor, beta: Tensor, x: Tensor) -> Tensor:
+    """α t + β x, with the dtype of t + x; α is None where it is in t already."""
     dtype = torch.promote_types(t.dtype, x.dtype)
+    if alpha is None:
+        return torch.addcmul(t.to(dtype), beta, x).to(dtype)
     return torch.addcmul(beta * x.to(dtype), alpha, t).to(dtype)
 
 
@@ -47,9 +52,9 @@ class Recompute(torch.autograd.Function):
         return (grad * t).sum_to_size(alpha.shape), alpha * grad, (grad * x).sum_to_size(beta.shape), beta * grad
 
 
-def recoverable(alpha: Tensor, beta: Tensor, dtype: torch.dtype) -> bool:
+def recoverable(alpha: Tensor | None, beta: Tensor, dtype: torch.dtype) -> bool:
     """Whether α is learned and large enough, and the dtype exact enough, to have t back from α t + β x."""
-    if torch.compiler.is_compiling() or not alpha.requires_grad or alpha.is_meta:
+    if torch.compiler.is_compiling() or alpha is None or not alpha.requires_grad or alpha.is_meta:
         return False
     return dtype in (torch.float32, torch.float64) and bool((8 * alpha.abs() > beta.abs()).all())
 
@@ -120,13 +125,16 @@ class LAuReL(nn.Module):
         self.dim, self.bound, self.scale, self.channel_dim, self.recompute = dim, bound, scale, channel_dim, recompute
         rows = 1 if bound == "single" else 2
         self.w = nn.Parameter(torch.empty(rows) if dim is None else torch.empty(rows, dim))
+        self.register_buffer("folded_beta", None)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         nn.init.constant_(self.w, 1.0 if self.bound == "none" else 0.0)
 
-    def weights(self) -> tuple[Tensor, Tensor]:
-        """α and β, bounded: scalars, or vectors of length D."""
+    def weights(self) -> tuple[Tensor | None, Tensor]:
+        """α and β, bounded: scalars, or vectors of length D. After `fold` α is None."""
+        if self.w is None:
+            return None, self.folded_beta
         if self.bound == "single":
             alpha = self.scale * torch.sigmoid(self.w[0])
             return alpha, self.scale - alpha
@@ -139,8 +147,8 @@ class LAuReL(nn.Module):
         return alpha, beta
 
     @property
-    def alpha(self) -> Tensor:
-        """α, the weight of the branch f(x)."""
+    def alpha(self) -> Tensor | None:
+        """α, the weight of the branch f(x); None after `fold`."""
         return self.weights()[0]
 
     @property
@@ -159,13 +167,53 @@ class LAuReL(nn.Module):
             shape = [1] * x.ndim
             shape[self.channel_dim] = self.dim
             # A float32 vector would lift a bfloat16 stream to float32, so the weights take the dtype of x + fx.
-            alpha, beta = alpha.view(shape).to(dtype), beta.view(shape).to(dtype)
+            alpha = None if alpha is None else alpha.view(shape).to(dtype)
+            beta = beta.view(shape).to(dtype)
         combine = Recompute.apply if self.recompute and recoverable(alpha, beta, dtype) else weighted_sum
         return combine(alpha, fx, beta, x)
 
     def extra_repr(self) -> str:
         text = f"dim={self.dim}, bound={self.bound!r}, scale={self.scale}, channel_dim={self.channel_dim}"
-        return text + (", recompute=True" if self.recompute else "")
+        return text + (", recompute=True" if self.recompute else "") + (", folded" if self.w is None else "")
+
+
+@torch.no_grad()
+def fold(block: LAuReL, layer: nn.Module) -> None:
+    """Moves α of a trained block into the layer that the branch ends in, so that it costs nothing at inference.
+
+    Changes both in place: the layer's weight and bias are multiplied by α, and the block then computes
+    f(x) + β · x, with β a constant. The outputs stay the same, to rounding.
+
+    Args:
+        block: with α and β that were not folded before.
+        layer: the last one of f, where it is linear, a convolution or a norm with a weight: Linear, Conv1d to 3d,
+            BatchNorm1d to 3d, LayerNorm, GroupNorm, RMSNorm. It must belong to this branch alone, and its channels must
+            be those of the block.
+
+    Raises:
+        TypeError: another kind of layer, such as an activation, through which α can't be moved.
+        ValueError: a block without α, or one α for each channel where the layer has another number of them.
+
+    Example:
+        >>> f, residual, x = nn.Linear(64, 64), LAuReL(dim=64), torch.randn(8, 64)
+        >>> _ = nn.init.normal_(residual.w)
+        >>> before = residual(x, f(x))
+        >>> fold(residual, f)
+        >>> torch.allclose(residual(x, f(x)), before, atol=1e-5)
+        True
+    """
+    if not isinstance(layer, AFFINE) or not isinstance(layer.weight, nn.Parameter):
+        allowed = ", ".join(kind.__name__ for kind in AFFINE)
+        raise TypeError(f"layer must be one of {allowed} with a weight of its own, got {layer}")
+    alpha, beta = block.weights()
+    if alpha is None:
+        raise ValueError("block has no α: it was folded before")
+    if block.dim is not None and layer.weight.shape != (block.dim, *layer.weight.shape[1:]):
+        raise ValueError(f"layer must have dim={block.dim} output channels, got {layer}")
+    for p in (layer.weight, getattr(layer, "bias", None)):
+        if p is not None:
+            p.mul_(alpha.view(-1, *[1] * (p.ndim - 1)) if alpha.ndim else alpha)
+    block.w, block.folded_beta = None, beta.clone()
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import accumulate
@@ -37,7 +37,9 @@ import torchvision
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torchvision.datasets import CIFAR10, CIFAR100
+from torchvision.models.resnet import BasicBlock, Bottleneck
 
 import TrainUtil
 from LAuReL import LAuReL
@@ -149,20 +151,8 @@ class Residual(nn.Module):
         return x + fx
 
 
-# The channels of the small CNN's three stages, or the residual layers in each stage of a CIFAR ResNet
-ARCHS = {
-    "small": (32, 64, 128),
-    "medium": (64, 128, 256),
-    "wide": (64, 256, 256),
-    "resnet20": 3,
-    "resnet32": 5,
-    "resnet56": 9,
-}
-
-
-def build(arch: str, model: Model, seed: int, images: Tensor) -> "SmallCNN | ResNet":
-    shape = ARCHS[arch]
-    return ResNet(model, seed, shape) if isinstance(shape, int) else SmallCNN(model, seed, images, shape)
+# Every network has `stages`, each with its `branches` f and its `residuals`. All models share f: the same layers with
+# the same initial weights for a seed. A residual connection draws its random numbers apart, so it shifts none of f's.
 
 
 class SmallCNN(nn.Module):
@@ -171,19 +161,18 @@ class SmallCNN(nn.Module):
     Whitened 2×2 patches (N, 16, 31, 31) → per stage a 3×3 convolution that halves the image, then residual layers
     x' = residual(x, f(x)), f = 3×3 convolution, batch norm, GELU → maximum over the image → linear classifier.
 
-    All models share f: the same layers with the same initial weights for a seed. A residual connection draws its own
-    random numbers apart, so it shifts none of f's. `deeper` has one more layer in the second stage, the last but one,
-    as the 4.37 % that the paper's naive scaling adds are one more bottleneck in ResNet-50's last but one. That layer's
-    batch norm starts with gain 0 (Goyal et al. 2017), so that `deeper` too starts as the same function.
+    `deeper` has one more layer in the second stage, the last but one, as the 4.37 % that the paper's naive scaling adds
+    are one more bottleneck in ResNet-50's last but one. That layer's batch norm starts with gain 0 (Goyal et al. 2017),
+    so that `deeper` too starts as the same function.
     """
 
     layers = (2, 2, 3)
 
-    def __init__(self, model: Model, seed: int, images: Tensor, widths: tuple[int, ...] = ARCHS["small"]) -> None:
+    def __init__(self, model: Model, seed: int, data: TrainUtil.Data, widths: tuple[int, ...] = (32, 64, 128)) -> None:
         super().__init__()
         with seeded(seed):
             self.whitening = nn.Conv2d(3, 16, kernel_size=2, bias=False)
-            self.whitening.weight = nn.Parameter(whitening_filters(images), requires_grad=False)
+            self.whitening.weight = nn.Parameter(whitening_filters(data), requires_grad=False)
             self.stages = nn.ModuleList()
             channels = 16
             for i, (width, n) in enumerate(zip(widths, self.layers)):
@@ -191,7 +180,7 @@ class SmallCNN(nn.Module):
                 branches = [self.branch(width) for _ in range(n)]
                 self.stages.append(Stage(down, branches, width, model, seed=1000 * seed + 100 * i + 1))
                 channels = width
-            self.classifier = nn.Linear(channels, 10)
+            self.classifier = nn.Linear(channels, data.classes)
         if model.base == "deeper":
             with seeded(1000 * seed + 999):
                 self.stages[1].deepen(self.branch(widths[1]))
@@ -219,7 +208,7 @@ class ResNet(nn.Module):
 
     widths = (16, 32, 64)
 
-    def __init__(self, model: Model, seed: int, n: int) -> None:
+    def __init__(self, model: Model, seed: int, data: TrainUtil.Data, n: int = 3) -> None:
         super().__init__()
         with seeded(seed):
             self.stem = nn.Sequential(conv(3, 16), nn.BatchNorm2d(16), nn.ReLU())
@@ -230,7 +219,7 @@ class ResNet(nn.Module):
                 shortcut = Shortcut(channels, width)
                 self.stages.append(PostActivationStage(shortcut, branches, width, model, 1000 * seed + 100 * i + 1))
                 channels = width
-            self.classifier = nn.Linear(channels, 10)
+            self.classifier = nn.Linear(channels, data.classes)
         if model.base == "deeper":
             with seeded(1000 * seed + 999):
                 self.stages[1].deepen(self.branch(self.widths[1], self.widths[1]))
@@ -257,20 +246,29 @@ class Shortcut(nn.Module):
 
 
 class Stage(nn.Module):
-    """Residual layers of one shape, which `down` brings its input to."""
+    """Residual layers of one shape, which `down` brings its input to; `options` are those of Model.residual."""
 
-    def __init__(self, down: nn.Module, branches: list[nn.Sequential], width: int, model: Model, seed: int) -> None:
+    def __init__(
+        self, down: nn.Module, branches: list[nn.Sequential], width: int, model: Model, seed: int, **options
+    ) -> None:
         super().__init__()
         self.down, self.branches, self.residuals = down, nn.ModuleList(branches), nn.ModuleList()
         for i in range(len(branches)):
             with seeded(seed + i):
-                self.residuals.append(model.residual(width, available=i + 1, channel_dim=1))
+                self.residuals.append(model.residual(width, available=i + 1, **{"channel_dim": 1, **options}))
 
-    def deepen(self, branch: nn.Sequential) -> None:
-        *_, norm = (layer for layer in branch if isinstance(layer, nn.BatchNorm2d))
-        nn.init.zeros_(norm.weight)
-        self.branches.append(branch)
-        self.residuals.append(Residual())
+    def deepen(self, *branches: nn.Sequential) -> None:
+        """Adds residual layers that start with f(x) = 0."""
+        for branch in branches:
+            *_, affine = (layer for layer in branch.modules() if getattr(layer, "weight", None) is not None)
+            nn.init.zeros_(affine.weight)
+            nn.init.zeros_(affine.bias)
+            self.branches.append(branch)
+            self.residuals.append(Residual())
+
+    def last_layers(self) -> list[nn.Module]:
+        """The layer that each branch ends in."""
+        return [list(branch.modules())[-1] for branch in self.branches]
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.down(x)
@@ -288,51 +286,158 @@ def conv(channels: int, width: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(channels, width, kernel_size=3, stride=stride, padding=1, bias=False)
 
 
+class ImageNetResNet(torchvision.models.ResNet):
+    """torchvision's ResNet with another residual connection in each block, and its own names for all other weights.
+
+    So `load_state_dict(torchvision.models.resnet50(weights=…).state_dict(), strict=False)` leaves out the residual
+    connections alone. They stand before the block's last ReLU, and PA's history starts anew in each stage with what
+    the stage's first block adds, its down-sampled input. `deeper` has one more block in the third stage: the 4.37 % of
+    the paper's table 1.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        seed: int,
+        data: TrainUtil.Data,
+        block: type[BasicBlock | Bottleneck] = Bottleneck,
+        layers: tuple[int, ...] = (3, 4, 6, 3),
+    ) -> None:
+        with seeded(seed):
+            super().__init__(block, layers, num_classes=data.classes)
+        for i, name in enumerate(("layer1", "layer2", "layer3", "layer4")):
+            setattr(self, name, BlockStage(getattr(self, name), model, 1000 * seed + 100 * i + 1))
+        if model.base == "deeper":
+            with seeded(1000 * seed + 999):
+                self.layer3.deepen(block(256 * block.expansion, 256))
+
+    @property
+    def stages(self) -> list["BlockStage"]:
+        return [self.layer1, self.layer2, self.layer3, self.layer4]
+
+
+class BlockStage(nn.Sequential):
+    """A stage of torchvision's blocks, each with its residual connection in `residual`."""
+
+    def __init__(self, blocks: nn.Sequential, model: Model, seed: int) -> None:
+        super().__init__(*blocks)
+        width = self.last_layers()[0].num_features
+        for i, block in enumerate(self):
+            with seeded(seed + i):
+                block.residual = model.residual(width, available=i + 1, channel_dim=1)
+
+    def deepen(self, block: BasicBlock | Bottleneck) -> None:
+        block.residual = Residual()
+        self.append(block)
+        nn.init.zeros_(self.last_layers()[-1].weight)
+
+    @property
+    def residuals(self) -> list[nn.Module]:
+        return [block.residual for block in self]
+
+    @property
+    def branches(self) -> list[Callable[[Tensor], Tensor]]:
+        return [partial(self.branch, block) for block in self]
+
+    def last_layers(self) -> list[nn.BatchNorm2d]:
+        return [block.bn3 if isinstance(block, Bottleneck) else block.bn2 for block in self]
+
+    @staticmethod
+    def branch(block: BasicBlock | Bottleneck, x: Tensor) -> Tensor:
+        x = block.conv2(block.relu(block.bn1(block.conv1(x))))
+        return block.bn3(block.conv3(block.relu(block.bn2(x)))) if isinstance(block, Bottleneck) else block.bn2(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self[0].downsample is None else self[0].downsample(x)
+        return residual_layers(x, shortcut, self.branches, self.residuals, activation=F.relu)
+
+
+class Attention(nn.Module):
+    """Self-attention with heads of 64 channels."""
+
+    def __init__(self, dim: int, causal: bool) -> None:
+        super().__init__()
+        self.causal, self.qkv, self.out = causal, nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, -1, 64)).permute(2, 0, 3, 1, 4)  # (N, heads, length, 64) each
+        return self.out(F.scaled_dot_product_attention(q, k, v, is_causal=self.causal).transpose(1, 2).flatten(2))
+
+
+def transformer_layer(dim: int, causal: bool) -> tuple[nn.Sequential, nn.Sequential]:
+    """The two branches of a pre-norm layer: LayerNorm, attention; LayerNorm, linear D → 4D, GELU, linear 4D → D."""
+    mlp = (nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+    return nn.Sequential(nn.LayerNorm(dim), Attention(dim, causal)), nn.Sequential(nn.LayerNorm(dim), *mlp)
+
+
+class ViT(nn.Module):
+    """A pre-norm vision transformer (Dosovitskiy et al. 2021) for small images: D = 192, 6 layers, 3 heads.
+
+    Patches of 4×4 pixels, 16×16 of them in images above 64×64 pixels → linear, learned position → layers with two
+    residual connections each, around attention and MLP → LayerNorm → mean over the patches → linear classifier. Smaller
+    images than the data's take the means of the positions over areas. `deeper` has one more layer, at the end.
+    """
+
+    def __init__(self, model: Model, seed: int, data: TrainUtil.Data, dim: int = 192, layers: int = 6) -> None:
+        super().__init__()
+        self.patch = max(4, data.size // 16)
+        grid = data.size // self.patch
+        with seeded(seed):
+            self.embedding = nn.Linear(3 * self.patch**2, dim)
+            self.position = nn.Parameter(0.02 * torch.randn(1, dim, grid, grid))
+            branches = [branch for _ in range(layers) for branch in transformer_layer(dim, causal=False)]
+            self.head = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, data.classes))
+        stage = Stage(nn.Identity(), branches, dim, model, 1000 * seed + 1, channel_dim=-1)
+        self.stages = nn.ModuleList([stage])
+        if model.base == "deeper":
+            with seeded(1000 * seed + 999):
+                stage.deepen(*transformer_layer(dim, causal=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        position = TrainUtil.resize(self.position, x.shape[-1] // self.patch).flatten(2)  # (1, D, patches)
+        patches = F.unfold(x, self.patch, stride=self.patch)  # (N, 3 · 4 · 4, patches)
+        x = self.embedding(patches.transpose(1, 2)) + position.transpose(1, 2)
+        return self.head(self.stages[0](x).mean(dim=1))
+
+
 class GPT(nn.Module):
     """A pre-norm transformer (…, length) → (…, length, 256 logits), whose costs `--profile` sets beside table 5's.
 
-    Each layer has two residual connections, around f = LayerNorm, causal attention with heads of 64 channels, and
-    around f = LayerNorm, linear D → 4D, GELU, linear 4D → D. The vocabulary is that of bytes, so that embedding and
-    logits hardly add to the costs that the residual connections are compared with. `deeper` has one more layer.
+    Each layer has two residual connections, around attention with a causal mask and around the MLP. The vocabulary is
+    that of bytes, so that embedding and logits hardly add to the costs that the residual connections are compared with.
+    `deeper` has one more layer.
     """
 
     vocabulary = 256
 
-    def __init__(self, model: Model, dim: int, layers: int, length: int, recompute: bool = False) -> None:
+    def __init__(
+        self, model: Model, dim: int, layers: int, length: int, recompute: bool = False, seed: int = 0
+    ) -> None:
         super().__init__()
-        layers += model.base == "deeper"
-        with seeded(0):
+        with seeded(seed):
             self.embedding = nn.Embedding(self.vocabulary, dim)
             self.position = nn.Parameter(0.02 * torch.randn(length, dim))
-            self.branches = nn.ModuleList()
-            for _ in range(layers):
-                mlp = (nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
-                self.branches.append(nn.Sequential(nn.LayerNorm(dim), Attention(dim)))
-                self.branches.append(nn.Sequential(nn.LayerNorm(dim), *mlp))
+            branches = [branch for _ in range(layers) for branch in transformer_layer(dim, causal=True)]
             self.head = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, self.vocabulary, bias=False))
         options = {"channel_dim": -1, "rank": 32, "pa_rank": None, "recompute": recompute}
-        self.residuals = nn.ModuleList(model.residual(dim, available=i + 1, **options) for i in range(2 * layers))
+        stage = Stage(nn.Identity(), branches, dim, model, 1000 * seed + 1, **options)
+        self.stages = nn.ModuleList([stage])
+        if model.base == "deeper":
+            with seeded(1000 * seed + 999):
+                stage.deepen(*transformer_layer(dim, causal=True))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        x = self.embedding(tokens) + self.position
-        return self.head(residual_layers(x, x, self.branches, self.residuals))
+        return self.head(self.stages[0](self.embedding(tokens) + self.position[: tokens.shape[-1]]))
 
 
-class Attention(nn.Module):
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, -1, 64)).permute(2, 0, 3, 1, 4)  # (N, heads, length, 64) each
-        return self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+TRANSFORMER_LR = 0.001  # for the ViT: a tenth of what the batch norms of the others bear
 
 
 def residual_layers(
     x: Tensor,
     shortcut: Tensor,
-    branches: nn.ModuleList,
-    residuals: nn.ModuleList,
+    branches: Sequence[Callable[[Tensor], Tensor]],
+    residuals: Sequence[nn.Module],
     activation: Callable[[Tensor], Tensor] = lambda y: y,
 ) -> Tensor:
     """x, what the first branch gets, and shortcut, what its output is added to, through layer after layer.
@@ -346,7 +451,20 @@ def residual_layers(
     return x
 
 
-def learned(network: SmallCNN | ResNet) -> dict[str, dict[str, float]]:
+ARCHS: dict[str, Callable[..., nn.Module]] = {
+    "small": SmallCNN,
+    "medium": partial(SmallCNN, widths=(64, 128, 256)),
+    "wide": partial(SmallCNN, widths=(64, 256, 256)),
+    "resnet20": ResNet,
+    "resnet32": partial(ResNet, n=5),
+    "resnet56": partial(ResNet, n=9),
+    "vit": ViT,
+    "resnet18": partial(ImageNetResNet, block=BasicBlock, layers=(2, 2, 2, 2)),
+    "resnet50": ImageNetResNet,
+}
+
+
+def learned(network: nn.Module) -> dict[str, dict[str, float]]:
     """What the residual connections learned: for each of alpha, beta, gamma[0], gamma[1], …, its value by layer.
 
     Where α and β are vectors: their means.
@@ -370,12 +488,12 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def whitening_filters(images: Tensor, n: int = 16) -> Tensor:
+def whitening_filters(data: TrainUtil.Data, n: int = 16) -> Tensor:
     """n filters (n, 3, 2, 2): ± the n/2 main principal axes of the images' 2×2 patches, scaled to unit variance.
 
     All twelve axes were no better on the held-out images, and the convolution that follows is the most expensive one.
     """
-    patches = F.unfold(TrainUtil.normalize(images[:5000].cpu()), kernel_size=2, stride=2)  # (N, 12, 256)
+    patches = F.unfold(data.normalize(data.sample(5000)), kernel_size=2, stride=2)  # (N, 12, patches)
     patches = patches.transpose(0, 1).flatten(1)  # (12, N · 256)
     variance, axes = torch.linalg.eigh(patches @ patches.T / patches.shape[1])  # ascending
     filters = (axes / (variance + 5e-4).sqrt()).T.reshape(12, 3, 2, 2)[-n // 2 :]
@@ -408,7 +526,12 @@ examples:
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
-        self.exit(2, f"{self.prog}: {message}\n")
+        self.exit(2, f"{self.prog}: {message}\n" if first_process() else None)
+
+
+def first_process() -> bool:
+    """Of those that torchrun starts; it alone writes and prints."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def count(text: str) -> int:
@@ -447,11 +570,20 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--seeds", type=count, default=1, metavar="N", help="train every model with seeds 0 to N-1 (default: 1)")
     add("--parallel", type=count, default=1, metavar="N", help="train N at a time, side by side (default: 1)")
     add("--threads", type=count, metavar="N", help="CPU threads of each run (default: the cores divided by --parallel)")
+    add("--accumulate", type=count, default=1, metavar="N", help="train on a batch in N parts, for less memory")
     add("--device", type=device, default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     add("--precision", choices=("auto", "float32", "bfloat16"), default="auto", help="(default: the device's fastest)")
     add("--compile", action="store_true", help="compile the model with torch.compile; its time is reported apart")
-    add("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="where CIFAR-10 is kept (default: data)")
-    add("--dataset", choices=("cifar10", "synthetic"), default="cifar10", help="synthetic: made up, no download")
+    add("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="where the data are kept (default: data)")
+    kinds = ("cifar10", "cifar100", "imagefolder", "synthetic")
+    add(
+        "--dataset",
+        choices=kinds,
+        default="cifar10",
+        help="imagefolder: --data-dir's train/ and val/; synthetic: made up",
+    )
+    add("--image-size", type=count, metavar="N", help="imagefolder: pixels that images are cropped to (default: 224)")
+    add("--workers", type=count, metavar="N", help="imagefolder: processes that read images (default: a core each)")
     add("--limit", type=count, metavar="N", help="the first N training images only, for a quick try")
     add("--hold-out", type=count, metavar="N", help="test on the last N training images, to choose a recipe by")
     add("--profile", action="store_true", help="measure what each residual connection costs, in place of training")
@@ -469,20 +601,30 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if options.profile:
         models.insert(0, Model.parse("residual"))  # what the others are compared with
     options.models = list({model.name: model for model in models}.values())
+    if distributed.is_torchelastic_launched():
+        if options.parallel > 1 or options.profile:
+            parser.error("torchrun trains one model at a time with all its processes: no --parallel, no --profile")
+        if options.out is None and os.environ["TORCHELASTIC_MAX_RESTARTS"] != "0":
+            parser.error("with torchrun --max-restarts name the folder with --out, so that a restart finds it")
+        if options.device.type == "cuda":
+            options.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(options.device)
     options.out = options.out or Path("runs") / time.strftime("%Y-%m-%d-%H%M%S")
     # Another number of threads adds up in another order: numbers are the same to the bit for the same --threads alone.
     options.threads = options.threads or max(1, torch.get_num_threads() // options.parallel)
     if options.precision == "auto":
         options.precision = TrainUtil.default_precision(options.device)
-    training_images = 5000 if options.dataset == "synthetic" else 50_000
-    if options.hold_out and options.hold_out >= training_images:
-        parser.error(f"--hold-out must be below the {training_images} training images, got {options.hold_out}")
+    if options.dataset == "imagefolder":
+        options.image_size = options.image_size or 224
+        runs_here = options.parallel * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        options.workers = options.workers or max(1, (os.cpu_count() or 1) // runs_here)
     if options.gpt[0] % 64:
         parser.error(f"--gpt {options.gpt[0]} …: the width must be a multiple of 64, the channels of a head")
     if options.profile and (options.out / "profile.json").exists():
         parser.error(f"--out {options.out} holds another profile; name a new folder")
     try:
-        options.out.mkdir(parents=True, exist_ok=True)
+        if first_process():
+            options.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         parser.error(f"--out {options.out}: {error.strerror or error}")
     return options
@@ -502,6 +644,7 @@ def configuration(options: argparse.Namespace) -> dict:
     return {
         **plain,
         "models": [model.name for model in options.models],
+        "processes": TrainUtil.processes()[1],
         "device_name": TrainUtil.device_name(options.device),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -626,6 +769,7 @@ def title(config: dict) -> str:
             f"{config['training_images']:,} training images",
             f"{epochs} epoch{'s' * (epochs > 1)}",
             f"{config['device_name']}, {config['precision']}",
+            *([f"{config['processes']} processes"] if config["processes"] > 1 else []),
             *([f"{config['parallel']} runs at a time"] if config["parallel"] > 1 else []),
             "one seed" if seeds == 1 else f"{seeds} seeds: mean ± standard deviation",
         ]
@@ -835,18 +979,18 @@ PAPER = {
 def networks(options: argparse.Namespace) -> Iterator[tuple[str, list[dict]]]:
     """The name of a network, and what every model of it costs."""
     dim, layers, length, batch = options.gpt
-    images = TrainUtil.synthetic().train_images
+    data = TrainUtil.synthetic()
 
     def cnn_example(n: int) -> tuple[Tensor, Tensor]:
-        i = torch.arange(n) % len(images)
-        return TrainUtil.normalize(images[i]), i % 10
+        i = torch.arange(n) % len(data.train_labels)
+        return data.normalize(data.train_images[i]), i % data.classes
 
     def gpt_example(n: int) -> tuple[Tensor, Tensor]:
         tokens = torch.randint(GPT.vocabulary, (n, length), generator=torch.Generator().manual_seed(0))
         return tokens, tokens.roll(-1, dims=1)
 
     if options.network != "gpt":
-        models = {model.name: build(options.arch, model, 0, images) for model in options.models}
+        models = {model.name: ARCHS[options.arch](model, 0, data) for model in options.models}
         name = f"{options.arch} CNN, batch {options.batch_size}"
         yield name, measure(models, cnn_example, options.batch_size, options)
     if options.network != "cnn":
@@ -975,7 +1119,7 @@ class RunError(Exception):
 
 
 # What may change while a study goes on: which pairs it has, and what no number depends on.
-FREE = ("models", "seeds", "against", "parallel", "data_dir", "out", "draw", "seconds", "network", "gpt")
+FREE = ("models", "seeds", "against", "parallel", "workers", "data_dir", "out", "draw", "seconds", "network", "gpt")
 FREE += ("python", "torchvision", "git_commit")
 
 
@@ -984,7 +1128,7 @@ def read_results(out: Path) -> tuple[dict, list[dict]]:
     path = out / "results.json"
     try:
         study = json.loads(path.read_text())
-        return {"against": "residual", **study["config"]}, study["runs"]
+        return {"against": "residual", "accumulate": 1, "processes": 1, **study["config"]}, study["runs"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RefusedError(f"{path} can't be read as the results of a study: {error!r}") from None
 
@@ -1036,7 +1180,7 @@ def tidy(out: Path, runs: list[dict]) -> None:
 def train_one(
     model: Model,
     seed: int,
-    data: TrainUtil.Dataset,
+    data: TrainUtil.Data,
     recipe: TrainUtil.Recipe,
     options: argparse.Namespace,
     report: Callable = lambda *so_far: None,
@@ -1044,9 +1188,9 @@ def train_one(
     """The entry in results.json of one model with one seed."""
     TrainUtil.keep_memory()
     torch.backends.cudnn.deterministic = True
-    net = build(options.arch, model, seed, data.train_images)
-    settings = {"precision": options.precision, "compile": options.compile, "report": report}
-    settings["checkpoint"] = checkpoint(options.out, model.name, seed)
+    net = ARCHS[options.arch](model, seed, data)
+    settings = {"precision": options.precision, "compile": options.compile, "accumulate": options.accumulate}
+    settings |= {"report": report, "checkpoint": checkpoint(options.out, model.name, seed)}
     try:
         recipe = replace(recipe, block_decay=model.decay)
         measured = TrainUtil.train(net, data.to(options.device), recipe, seed, **settings)
@@ -1055,8 +1199,8 @@ def train_one(
             raise
         fewer = f", or --parallel below {options.parallel} with --threads {options.threads}" * (options.parallel > 1)
         raise RunError(
-            f"{model.name}, seed {seed}: out of memory with --batch-size {recipe.batch_size}. Try a smaller one, with "
-            f"another --out{fewer}"
+            f"{model.name}, seed {seed}: out of memory with --batch-size {recipe.batch_size}. Try --accumulate "
+            f"{2 * options.accumulate} or a smaller batch, with another --out{fewer}"
         ) from None
     parameters = sum(p.numel() for p in net.parameters())
     weights = {"learned": {} if measured["diverged"] else learned(net), "weights_sha256": TrainUtil.digest(net)}
@@ -1065,7 +1209,7 @@ def train_one(
 
 def train_all(
     pairs: dict[int, tuple[Model, int]],
-    data: TrainUtil.Dataset,
+    data: TrainUtil.Data,
     recipe: TrainUtil.Recipe,
     options: argparse.Namespace,
     monitor: Monitor,
@@ -1133,39 +1277,68 @@ def work(i: int, *pair_and_settings) -> dict:
     return train_one(*pair_and_settings, report)
 
 
-def compare(options: argparse.Namespace) -> int:
+def load(options: argparse.Namespace) -> TrainUtil.Data:
+    match options.dataset:
+        case "synthetic":
+            data = TrainUtil.synthetic()
+        case "imagefolder":
+            data = TrainUtil.load_folder(options.data_dir, options.image_size, options.workers)
+        case cifar:
+            data = TrainUtil.load_cifar(CIFAR100 if cifar == "cifar100" else CIFAR10, options.data_dir)
+    if options.hold_out and options.hold_out >= data.train_size:
+        raise RefusedError(f"--hold-out must be below the {data.train_size} training images, got {options.hold_out}")
+    data = data.hold_out(options.hold_out) if options.hold_out else data
+    data = data.limit(options.limit) if options.limit else data
+    least = TrainUtil.processes()[1] * options.accumulate
+    if min(options.batch_size, data.train_size) < least:
+        raise RefusedError(f"a batch must have {least} images, one for each process and each part of --accumulate")
+    return data
+
+
+def recipe_for(options: argparse.Namespace, data: TrainUtil.Data) -> TrainUtil.Recipe:
     recipe = TrainUtil.Recipe(epochs=options.epochs, batch_size=options.batch_size)
+    if isinstance(data, TrainUtil.Folder):  # the workers crop
+        recipe = replace(recipe, sizes=((data.size, 1.0),))
+    return replace(recipe, lr=TRANSFORMER_LR) if options.arch == "vit" else recipe
+
+
+def compare(options: argparse.Namespace) -> int:
     runs: dict[tuple[str, int], dict] = {}
+    left: dict[int, tuple[Model, int]] | None = None
     code = 0
 
     def in_order() -> list[dict]:
         return sorted(runs.values(), key=lambda run: (run["seed"], config["models"].index(run["model"])))
 
     try:
-        data = TrainUtil.synthetic() if options.dataset == "synthetic" else TrainUtil.load_cifar10(options.data_dir)
-        data = data.hold_out(options.hold_out) if options.hold_out else data
-        data = data.limit(options.limit) if options.limit else data
-        config = {
-            **configuration(options),
-            "against": options.against or "residual",
-            "data": data.name,
-            "training_images": len(data.train_labels),
-            "test_images": len(data.test_labels),
-            "recipe": asdict(recipe),
-        }
-        commit = config["git_commit"]
-        runs = {(run["model"], run["seed"]): run for run in earlier_runs(options, config)}
-        if options.against not in (None, *config["models"]):
-            raise RefusedError(f"--against {options.against} must be one of the models: {', '.join(config['models'])}")
-        tidy(options.out, in_order())
-        write_results(options.out, config, in_order())  # no checkpoint without the options that it belongs to
-        (options.out / "checkpoints").mkdir(exist_ok=True)
-        pairs = [(model, seed) for seed in range(options.seeds) for model in options.models]
-        finished = [(model.name, seed) in runs for model, seed in pairs]
+        try:
+            data = load(options)
+            recipe = recipe_for(options, data)
+            config = {
+                **configuration(options),
+                "against": options.against or "residual",
+                "data": data.name,
+                "training_images": data.train_size,
+                "test_images": data.test_size,
+                "recipe": asdict(recipe),
+            }
+            commit = config["git_commit"]
+            runs = {(run["model"], run["seed"]): run for run in earlier_runs(options, config)}
+            if options.against not in (None, *config["models"]):
+                raise RefusedError(
+                    f"--against {options.against} must be one of the models: {', '.join(config['models'])}"
+                )
+            tidy(options.out, in_order())
+            write_results(options.out, config, in_order())  # no checkpoint without the options that it belongs to
+            (options.out / "checkpoints").mkdir(exist_ok=True)
+            pairs = [(model, seed) for seed in range(options.seeds) for model in options.models]
+            finished = [(model.name, seed) in runs for model, seed in pairs]
+            left = {i: pair for i, (pair, there) in enumerate(zip(pairs, finished)) if not there}
+        finally:
+            TrainUtil.agree(left)  # see follow
         if any(finished):
             print(f"{sum(finished)} of {len(pairs)} runs are in {options.out} already.")
         monitor = Monitor([f"{model.name}, seed {seed}" for model, seed in pairs], finished, recipe.epochs)
-        left = {i: pair for i, (pair, there) in enumerate(zip(pairs, finished)) if not there}
         with monitor.bar:
             for run in train_all(left, data, recipe, options, monitor):
                 runs[run["model"], run["seed"]] = {**run, "git_commit": commit}
@@ -1192,6 +1365,21 @@ def compare(options: argparse.Namespace) -> int:
             file=sys.stderr,
         )
     return show(options.out, config, in_order()) or code if runs else code
+
+
+def follow(options: argparse.Namespace) -> int:
+    """What torchrun's other processes do: the runs of the first one, which keeps the results."""
+    left = TrainUtil.agree(None)
+    if left is None:  # the first process has said why
+        return 2
+    try:
+        data = load(options)
+        for pair in left.values():
+            train_one(*pair, data, recipe_for(options, data), options)
+    except (TrainUtil.DataError, RunError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
 
 
 def redraw(options: argparse.Namespace) -> int:
@@ -1229,9 +1417,14 @@ def main(argv: list[str] | None = None) -> int:
     if options.draw:
         return redraw(options)
     torch.set_num_threads(options.threads)
+    together = distributed.is_torchelastic_launched()
     try:
-        with filelock.FileLock(options.out / ".lock", timeout=0):
-            return profile(options) if options.profile else compare(options)
+        with TrainUtil.process_group(options.device) if together else nullcontext():
+            if not first_process():
+                rich.get_console().quiet = True
+                return follow(options)
+            with filelock.FileLock(options.out / ".lock", timeout=0):
+                return profile(options) if options.profile else compare(options)
     except filelock.Timeout:
         print(f"--out {options.out} is in use by another process; name another folder", file=sys.stderr)
     except OSError as error:

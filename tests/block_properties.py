@@ -32,6 +32,18 @@ SHAPES = {  # shape and channel_dim
 }
 
 
+LAST_LAYERS = {  # what a branch may end in, the shape and channel_dim of its output
+    "linear": (lambda: nn.Linear(D, D), (2, 5, D), -1),
+    "linear without bias": (lambda: nn.Linear(D, D, bias=False), (2, 5, D), -1),
+    "convolution": (lambda: nn.Conv2d(D, D, 3, padding=1), (2, D, 3, 4), 1),
+    "convolution in groups": (lambda: nn.Conv1d(D, D, 1, groups=2), (2, D, 5), 1),
+    "batch norm": (lambda: nn.BatchNorm2d(D), (2, D, 3, 4), 1),
+    "layer norm": (lambda: nn.LayerNorm(D), (2, 5, D), -1),
+    "group norm": (lambda: nn.GroupNorm(2, D), (2, D, 3, 4), 1),
+    "RMS norm": (lambda: nn.RMSNorm(D), (2, 5, D), -1),
+}
+
+
 def bounded(w: Tensor, bound: str, scale: float) -> tuple[Tensor, Tensor]:
     """α and β by the table of the docstrings."""
     if bound == "softmax":
@@ -433,3 +445,55 @@ class BlockProperties:
         ]:
             with pytest.raises(ValueError, match=sizes):
                 self.call(self.make(options, channel_dim), [torch.zeros(x_shape)], torch.zeros(fx_shape))
+
+    def fold(self, block: nn.Module, layer: nn.Module) -> None:
+        importlib.import_module(self.module).fold(block, layer)
+
+    @pytest.mark.parametrize(("make", "shape", "channel_dim"), LAST_LAYERS.values(), ids=LAST_LAYERS)
+    def test_folding_moves_alpha_into_the_branch(self, variant, make, shape, channel_dim):
+        block = randomize(self.make(self.variants[variant][0], channel_dim)).double()
+        layer = randomize(make()).double()
+        xs, t = self.inputs(shape, torch.float64)
+        if getattr(block, "w", None) is None:
+            with pytest.raises(ValueError, match="no α"):
+                self.fold(block, layer)
+            return
+        alpha, beta, before, branch = block.alpha, block.beta, self.call(block, xs, layer(t)).detach(), layer(t)
+        self.fold(block, layer)
+        torch.testing.assert_close(self.call(block, xs, layer(t)).detach(), before, rtol=1e-12, atol=1e-12)
+        shaped = (
+            alpha if alpha.ndim == 0 else alpha.view([D if i == channel_dim % t.ndim else 1 for i in range(t.ndim)])
+        )
+        torch.testing.assert_close(layer(t), shaped * branch, rtol=1e-12, atol=1e-12)
+        assert block.alpha is None
+        assert torch.equal(block.beta, beta)
+        assert "folded" in repr(block)
+        with pytest.raises(ValueError, match="folded before"):
+            self.fold(block, layer)
+
+    @pytest.mark.parametrize("layer", [nn.GELU(), nn.LayerNorm(D, elementwise_affine=False), nn.Dropout()], ids=repr)
+    def test_nothing_is_folded_through_a_layer_that_is_not_affine(self, first_variant, layer):
+        block = self.make(self.variants[first_variant][0])
+        with pytest.raises(TypeError, match=r"Linear.*LayerNorm.*got"):
+            self.fold(block, layer)
+
+    def test_weights_of_a_folded_model_do_not_load_into_one_that_is_not(self, variant):
+        options, _ = self.variants[variant]
+        block, layer = randomize(self.make(options)), nn.Linear(D, D)
+        if getattr(block, "w", None) is None:
+            return
+        self.fold(block, layer)
+        with pytest.raises(RuntimeError, match=r'Missing.*"w"[\s\S]*folded_beta'):
+            self.make(options).load_state_dict(block.state_dict())
+        again = copy.deepcopy(block)
+        again.load_state_dict(block.state_dict())
+
+    @pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.bfloat16), (torch.float32, torch.bfloat16)], ids=str)
+    def test_a_folded_block_keeps_the_dtype_of_the_sum(self, variant, dtypes):
+        block = randomize(self.make(self.variants[variant][0]))
+        if getattr(block, "w", None) is None:
+            return
+        self.fold(block, nn.Linear(D, D))
+        xs, fx = self.inputs((2, 5, D))
+        xs, fx = [x.to(dtypes[0]) for x in xs], fx.to(dtypes[1])
+        assert self.call(block, xs, fx).dtype == (xs[-1] + fx).dtype

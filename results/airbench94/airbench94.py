@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.datasets import CIFAR10
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -70,7 +71,7 @@ def optimizer(model: nn.Module, batch_size: int) -> torch.optim.SGD:
 def main(epochs: int, data_dir: Path) -> None:
     TrainUtil.keep_memory()
     torch.manual_seed(0)
-    data = TrainUtil.load_cifar10(data_dir)
+    data = TrainUtil.load_cifar(CIFAR10, data_dir)
     device, precision = torch.device("cpu"), TrainUtil.default_precision(torch.device("cpu"))
     recipe = TrainUtil.Recipe(epochs=epochs, sizes=((32, 1.0),))
     model = network(data.train_images).to(memory_format=torch.channels_last)
@@ -98,7 +99,7 @@ def main(epochs: int, data_dir: Path) -> None:
         model.train()
         model[0].bias.requires_grad = epoch < 3
         start = time.perf_counter()
-        for x, y in TrainUtil.batches(data, recipe, 0, epoch):
+        for x, y in data.batches(recipe, 0, epoch):
             with TrainUtil.autocast(device, precision):
                 logits = model(x)
             F.cross_entropy(logits.float(), y, label_smoothing=0.2, reduction="sum").backward()
