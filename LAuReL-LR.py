@@ -186,7 +186,7 @@ class LAuReL_LR(nn.Module):
         """y + B u, for y with D at channel_dim and u of shape (…, r)."""
         y, B = y.movedim(self.channel_dim, -1), B.to(u.dtype)
         if y.is_contiguous() and y.dtype == u.dtype:  # in one pass over y; under autocast u may be of a lower dtype
-            y = torch.addmm(y.view(-1, self.dim), u.reshape(-1, u.shape[-1]), B.T).view(y.shape)
+            y = torch.addmm(y.reshape(-1, self.dim), u.reshape(-1, u.shape[-1]), B.T).view(y.shape)
         else:
             y = y + F.linear(u, B).to(y.dtype)
         return y.movedim(-1, self.channel_dim)

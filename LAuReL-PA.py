@@ -219,7 +219,7 @@ class LAuReL_PA(nn.Module):
         """y + B u, for y with D at channel_dim and u of shape (…, r)."""
         y, B = y.movedim(self.channel_dim, -1), B.to(u.dtype)
         if y.is_contiguous() and y.dtype == u.dtype:  # in one pass over y; under autocast u may be of a lower dtype
-            y = torch.addmm(y.view(-1, self.dim), u.reshape(-1, u.shape[-1]), B.T).view(y.shape)
+            y = torch.addmm(y.reshape(-1, self.dim), u.reshape(-1, u.shape[-1]), B.T).view(y.shape)
         else:
             y = y + F.linear(u, B).to(y.dtype)
         return y.movedim(-1, self.channel_dim)
@@ -250,7 +250,7 @@ class LAuReL_PA(nn.Module):
                 y = torch.addcmul(fx, 1 + gamma[0], x)
             else:
                 y = fx if recompute else weighted_sum(alpha, fx, beta * (1 + gamma[0]), x)
-            for weight, each in zip(factor * gamma[1:], xs[1:]):
+            for weight, each in zip((factor * gamma).unbind()[1:], xs[1:]):
                 y = torch.addcmul(y, weight, each)
             y = y.to(dtype)  # an earlier activation may be float32 where x_i and f(x_i) are bfloat16
             return Recompute.apply(alpha, y, beta * (1 + gamma[0]), x) if recompute else y
@@ -260,7 +260,7 @@ class LAuReL_PA(nn.Module):
         us = [F.linear(each.movedim(self.channel_dim, -1), a.to(each.dtype)) for each, a in zip(xs, A)]  # (…, r) each
         if self.shared:
             u = gamma[0] * us[0]  # (…, r)
-            for weight, each in zip(gamma[1:], us[1:]):
+            for weight, each in zip(gamma.unbind()[1:], us[1:]):
                 u = torch.addcmul(u, weight, each)
             B = factor * self.B
         else:

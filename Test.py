@@ -4,6 +4,7 @@
 """
 
 import argparse
+import copy
 import csv
 import importlib
 import json
@@ -464,6 +465,19 @@ ARCHS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
+def folded(network: nn.Module) -> nn.Module | None:
+    """A copy for inference, with α in the layers that the branches end in; None where these can't take it."""
+    network = copy.deepcopy(network)
+    blocks = [each for stage in network.stages for each in zip(stage.residuals, stage.last_layers())]
+    try:
+        for residual, layer in blocks:
+            if getattr(residual, "w", None) is not None:
+                sys.modules[type(residual).__module__].fold(residual, layer)
+    except TypeError:
+        return None
+    return network
+
+
 def learned(network: nn.Module) -> dict[str, dict[str, float]]:
     """What the residual connections learned: for each of alpha, beta, gamma[0], gamma[1], …, its value by layer.
 
@@ -582,7 +596,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         default="cifar10",
         help="imagefolder: --data-dir's train/ and val/; synthetic: made up",
     )
-    add("--image-size", type=count, metavar="N", help="imagefolder: pixels that images are cropped to (default: 224)")
+    add("--image-size", type=count, metavar="N", help="imagefolder: crops of N pixels (default: 224); --profile")
     add("--workers", type=count, metavar="N", help="imagefolder: processes that read images (default: a core each)")
     add("--limit", type=count, metavar="N", help="the first N training images only, for a quick try")
     add("--hold-out", type=count, metavar="N", help="test on the last N training images, to choose a recipe by")
@@ -982,8 +996,9 @@ def networks(options: argparse.Namespace) -> Iterator[tuple[str, list[dict]]]:
     data = TrainUtil.synthetic()
 
     def cnn_example(n: int) -> tuple[Tensor, Tensor]:
-        i = torch.arange(n) % len(data.train_labels)
-        return data.normalize(data.train_images[i]), i % data.classes
+        i = torch.arange(n) % data.train_size
+        x = data.normalize(data.train_images[i])
+        return F.interpolate(x, options.image_size or data.size), i % data.classes
 
     def gpt_example(n: int) -> tuple[Tensor, Tensor]:
         tokens = torch.randint(GPT.vocabulary, (n, length), generator=torch.Generator().manual_seed(0))
@@ -991,7 +1006,8 @@ def networks(options: argparse.Namespace) -> Iterator[tuple[str, list[dict]]]:
 
     if options.network != "gpt":
         models = {model.name: ARCHS[options.arch](model, 0, data) for model in options.models}
-        name = f"{options.arch} CNN, batch {options.batch_size}"
+        kind, size = "ViT" if options.arch == "vit" else f"{options.arch} CNN", options.image_size or data.size
+        name = f"{kind}, {size}×{size} pixels, batch {options.batch_size}"
         yield name, measure(models, cnn_example, options.batch_size, options)
     if options.network != "cnn":
         models = {model.name: GPT(model, dim, layers, length) for model in options.models}
@@ -1007,9 +1023,12 @@ def networks(options: argparse.Namespace) -> Iterator[tuple[str, list[dict]]]:
 def measure(models: dict[str, nn.Module], example: Callable, batch: int, options: argparse.Namespace) -> list[dict]:
     """An entry a model; example(n) gives n inputs and their labels."""
     device = options.device
-    for model in models.values():
-        model.to(device, memory_format=torch.channels_last)
-    called = TrainUtil.compiled(models) if options.compile else models
+    without = {f"{name}, folded": folded(model.eval()) for name, model in models.items() if name.startswith("rw")}
+    without = {name: model for name, model in without.items() if model is not None and "recompute" not in name}
+    for model in (*models.values(), *without.values()):
+        model.train().to(device, memory_format=torch.channels_last)
+    every = models | without  # the latter for inference alone
+    called = TrainUtil.compiled(every) if options.compile else every
     x, y = (tensor.to(device) for tensor in example(batch))
 
     def loss(model: nn.Module) -> Tensor:
@@ -1030,21 +1049,21 @@ def measure(models: dict[str, nn.Module], example: Callable, batch: int, options
         {
             "model": name,
             "parameters": sum(p.numel() for p in model.parameters()),
-            "flops": TrainUtil.flops(partial(step, model)),
-            "saved_bytes": TrainUtil.saved_bytes(model, partial(loss, called[name])),
-            "peak_bytes": TrainUtil.peak_bytes(model, partial(step, called[name]), device),
+            "flops": TrainUtil.flops(partial(step, model)) if name in models else None,
+            "saved_bytes": TrainUtil.saved_bytes(model, partial(loss, called[name])) if name in models else None,
+            "peak_bytes": TrainUtil.peak_bytes(model, partial(step, called[name]), device) if name in models else None,
         }
-        for name, model in models.items()
+        for name, model in every.items()
     ]
-    steps = {name: partial(step, model) for name, model in called.items()}
+    steps = {name: partial(step, called[name]) for name in models}
     times = {"step_seconds": TrainUtil.interleave(steps, options.seconds, device)}
-    for model in models.values():
+    for model in every.values():
         model.eval()
     for n in (1, 128):
         x_n = example(n)[0].to(device)
         calls = {name: partial(infer, model, x_n) for name, model in called.items()}
         times[f"inference_{n}_seconds"] = TrainUtil.interleave(calls, options.seconds / 4, device)
-    return [{**entry, **{name: each[entry["model"]] for name, each in times.items()}} for entry in costs]
+    return [{**entry, **{name: each.get(entry["model"]) for name, each in times.items()}} for entry in costs]
 
 
 def profile_table(config: dict, network: str, costs: list[dict]) -> Table:
@@ -1066,12 +1085,16 @@ def profile_table(config: dict, network: str, costs: list[dict]) -> Table:
         result.add_column(name, justify="right")
 
     def times(entry: dict, name: str) -> str:
+        if entry[name] is None:
+            return "–"
         if entry is base:
             return f"{1000 * statistics.median(entry[name]):.4g} ms"
         low, median, high = statistics.quantiles((a / b for a, b in zip(entry[name], base[name])), n=4)
         return f"{median:.3f} ({low:.3f}–{high:.3f})"
 
     def amount(entry: dict, name: str, unit: str, size: float) -> str:
+        if entry[name] is None:
+            return "–"
         return f"{entry[name] / size:.4g} {unit}" if entry is base else f"{entry[name] / base[name]:.4f}"
 
     for entry in costs:
@@ -1081,7 +1104,7 @@ def profile_table(config: dict, network: str, costs: list[dict]) -> Table:
             *(times(entry, name) for name in ("step_seconds", "inference_1_seconds", "inference_128_seconds")),
             amount(entry, "saved_bytes", "MB", 1e6),
         ]
-        if entry["peak_bytes"] is not None:
+        if base["peak_bytes"] is not None:
             row.append(amount(entry, "peak_bytes", "MB", 1e6))
         if network.startswith("GPT"):
             row += [f"{ratio:.3f}" for ratio in PAPER.get(entry["model"].removesuffix(", recompute"), ())] or ["–", "–"]

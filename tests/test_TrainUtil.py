@@ -1,9 +1,11 @@
 import contextlib
+import copy
 import hashlib
 import http.server
 import io
 import json
 import math
+import os
 import pickle
 import platform
 import shutil
@@ -20,12 +22,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
-from torchvision.datasets import CIFAR10
+from torchvision.datasets import CIFAR10, CIFAR100
+from torchvision.transforms import v2
 from torchvision.transforms.functional import to_pil_image
 
 import TrainUtil
-from TrainUtil import DataError, Dataset, Muon, Recipe, load_cifar, orthogonalize, shift, synthetic, train
+from TrainUtil import DataError, Dataset, Muon, Recipe, load_cifar, load_folder, orthogonalize, shift, synthetic, train
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Data: a CIFAR-10 of 60 images in every form that the real one comes in, with its own check sums
@@ -340,6 +344,166 @@ def test_replacing_leaves_the_old_file_where_writing_fails(tmp_path):
         raise KeyboardInterrupt
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.fixture
+def cifar100(monkeypatch, tmp_path) -> tuple[Path, dict[str, bytes]]:
+    """An empty folder, and the files of a CIFAR-100 of grey images."""
+    files = {}
+    for name, n in (("train", 50_000), ("test", 10_000)):
+        labels = [i % 100 for i in range(n)]
+        images = torch.tensor(labels, dtype=torch.uint8)[:, None].expand(n, 3072).numpy()
+        files[name] = pickle.dumps({"data": images, "fine_labels": labels})
+    files["meta"] = pickle.dumps({"fine_label_names": [str(i) for i in range(100)]})
+    packed = tar({f"{CIFAR100.base_folder}/{name}": content for name, content in files.items()})
+    for name in ("train", "test"):
+        monkeypatch.setattr(CIFAR100, f"{name}_list", [[name, digest(files[name])]])
+    monkeypatch.setattr(CIFAR100, "meta", {**CIFAR100.meta, "md5": digest(files["meta"])})
+    monkeypatch.setattr(CIFAR100, "tgz_md5", digest(packed))
+    monkeypatch.setitem(TrainUtil.ARCHIVE_URLS, CIFAR100, ("http://127.0.0.1:1/archive",))
+    monkeypatch.delenv("CIFAR100_DIR", raising=False)
+    return tmp_path / "data", {**files, CIFAR100.filename: packed}
+
+
+def test_cifar100_is_read_from_its_archive_and_kept(cifar100, capsys):
+    folder, files = cifar100
+    folder.mkdir()
+    (folder / CIFAR100.filename).write_bytes(files[CIFAR100.filename])
+    data = load_cifar(CIFAR100, folder)
+    assert (data.classes, data.size, data.train_size, data.test_size) == (100, 32, 50_000, 10_000)
+    assert data.train_labels.bincount().tolist() == [500] * 100
+    assert (data.train_images[:, 0, 0, 0] == data.train_labels).all()
+    assert abs(data.normalize(data.train_images[:1]).max()) < 3
+    (folder / CIFAR100.filename).unlink()
+    again = load_cifar(CIFAR100, folder)
+    assert torch.equal(again.train_images, data.train_images)
+    assert f"CIFAR-100 from {folder / 'cifar100.pt'}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("fault", ["archive", "cache"])
+def test_a_broken_cifar100_is_not_used(fault, cifar100):
+    folder, files = cifar100
+    folder.mkdir()
+    if fault == "archive":
+        (folder / CIFAR100.filename).write_bytes(files[CIFAR100.filename][:-50])
+    else:
+        images, labels = torch.zeros(50_000, 32, 32, 3, dtype=torch.uint8), torch.zeros(50_000, dtype=torch.uint8)
+        arrays = {"train_images": images, "train_labels": labels, "test_images": images, "test_labels": labels}
+        torch.save(arrays, folder / "cifar100.pt")
+    with pytest.raises(DataError, match="MD5" if fault == "archive" else "train images are not 500 for each") as error:
+        load_cifar(CIFAR100, folder)
+    assert "npm" not in str(error.value)
+    assert "CIFAR100_DIR" in str(error.value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Images in files
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def images(tmp_path) -> Path:
+    """ImageNet's layout: two classes of images of several sizes, modes and formats; dogs are darker than cats."""
+    generator = torch.Generator().manual_seed(0)
+    modes = ("RGB", "L", "P", "CMYK", "RGBA", "1", "RGB", "RGB")
+    for part, n in (("train", 16), ("val", 8)):
+        for label, name in enumerate(("cat", "dog")):
+            (tmp_path / "images" / part / name).mkdir(parents=True)
+            for i in range(n):
+                shape = (3, 20 + 3 * i, 60 - 2 * i)
+                pixels = 40 + 120 * (1 - label) + torch.randint(40, shape, generator=generator)
+                image = to_pil_image(pixels.to(torch.uint8)).convert(modes[i % 8])
+                suffix = "tif" if image.mode == "CMYK" else "jpg" if image.mode in ("RGB", "L") else "png"
+                image.save(tmp_path / "images" / part / name / f"{i:02d}.{suffix}")
+    return tmp_path / "images"
+
+
+def test_an_image_folder_is_trained_on(images):
+    data = load_folder(images, size=32, workers=2)
+    assert (data.name, data.classes, data.size) == ("images", 2, 32)
+    assert (data.train_size, data.test_size) == (32, 16)
+    net = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2))
+    recipe = Recipe(epochs=8, batch_size=8, lr=0.1, sizes=((32, 1.0),))
+    history = train(net, data, recipe, 0)["history"]
+    assert history[-1]["train_loss"] < history[0]["train_loss"] - 0.1
+    assert history[-1]["test_accuracy"] == 1
+    assert data.hold_out(8).limit(12).train_size == 12
+    assert data.hold_out(8).test_size == 8
+    assert data.sample(5).shape == (5, 32, 32, 3)
+
+
+def test_what_is_read_from_a_folder_depends_on_seed_and_epoch_alone(images):
+    recipe = Recipe(epochs=2, batch_size=8)
+
+    def read(workers: int, seed: int, epoch: int) -> list:
+        torch.manual_seed(workers)
+        return [torch.cat(t) for t in zip(*load_folder(images, 32, workers).batches(recipe, seed, epoch))]
+
+    first = read(0, seed=1, epoch=0)
+    for workers in (1, 2):
+        assert all(torch.equal(a, b) for a, b in zip(first, read(workers, seed=1, epoch=0)))
+    for other in (read(0, seed=2, epoch=0), read(0, seed=1, epoch=1)):
+        assert not torch.equal(first[0], other[0])
+        assert sorted(other[1].tolist()) == sorted(first[1].tolist())
+
+
+def test_tested_images_are_resized_and_cropped_in_the_middle(images):
+    (x, y), *rest = load_folder(images, 32, workers=0).test_batches(16)
+    assert (x.shape, rest) == ((16, 3, 32, 32), [])
+    assert y.tolist() == [0] * 8 + [1] * 8
+    image = Image.open(images / "val" / "cat" / "00.jpg")  # 20×60: 36×108, of which the middle 32×32
+    expected = v2.functional.center_crop(v2.functional.resize(v2.functional.pil_to_tensor(image), [36]), [32, 32])
+    mean, std = (torch.tensor(each)[:, None, None] for each in TrainUtil.STATISTICS["ImageNet"])
+    torch.testing.assert_close(x[0], (expected - mean) / std, rtol=0, atol=0.02)
+
+
+def break_folder(images: Path, fault: str) -> Path:
+    """Returns what the message has to name."""
+    path = images / "train" / "dog" / "06.jpg"
+    if fault in ("cut short", "empty", "no image"):
+        content = {"cut short": path.read_bytes()[:-300], "empty": b"", "no image": b"<html>"}[fault]
+        path.write_bytes(content)
+    elif fault == "no val":
+        path = images / "val"
+        shutil.rmtree(path)
+    elif fault == "class missing in val":
+        path = images / "val"
+        shutil.rmtree(path / "dog")
+    elif fault == "class missing in train":
+        path = images / "train"
+        shutil.rmtree(path / "dog")
+    elif fault == "class without images":
+        path = images / "val"
+        for each in (path / "dog").iterdir():
+            each.unlink()
+    else:
+        path = images / "train"
+        for part in ("train", "val"):
+            shutil.rmtree(images / part / "dog")
+    return path
+
+
+FAULTS = {
+    "cut short": "(?i)can't be read as an image: .*truncated",
+    "empty": "can't be read as an image: it is empty",
+    "no image": "can't be read as an image: cannot identify",
+    "no val": "CLASS/NAME.jpg",
+    "class missing in val": "has no folder for dog",
+    "class missing in train": "has no folder for dog",
+    "class without images": "dog",
+    "one class": "one class alone, cat",
+}
+
+
+@pytest.mark.parametrize(("fault", "reason"), FAULTS.items(), ids=FAULTS)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_is_wrong_with_a_folder_is_said(fault, reason, workers, images):
+    path = break_folder(images, fault)
+    with pytest.raises(DataError, match=reason) as error:
+        for _ in load_folder(images, 32, workers).batches(Recipe(batch_size=8), 0, 0):
+            pass
+    assert str(path) in str(error.value)
+    assert "Traceback" not in str(error.value)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -679,3 +843,83 @@ def test_synthetic_set_has_the_shapes_of_cifar10_and_is_the_same_each_time(made_
     assert made_up.train_images.dtype == made_up.train_labels.dtype == torch.uint8
     assert set(made_up.train_labels.tolist()) == set(range(10))
     assert torch.equal(made_up.train_images, synthetic().train_images)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches in parts, and several processes
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def small_network(norm: bool) -> nn.Module:
+    torch.manual_seed(0)
+    first = [nn.Conv2d(3, 8, 3, stride=2, bias=False), nn.BatchNorm2d(8) if norm else nn.GroupNorm(2, 8), nn.GELU()]
+    return nn.Sequential(*first, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 10))
+
+
+def test_a_batch_in_parts_has_the_gradient_of_the_whole(made_up):
+    recipe, states = Recipe(epochs=2, batch_size=100), []
+    for accumulate in (1, 3, 100):
+        net = small_network(norm=False)
+        done = train(net, made_up.limit(200), recipe, 0, accumulate=accumulate)
+        states.append((net.state_dict(), [entry["train_loss"] for entry in done["history"]]))
+    for state, losses in states[1:]:
+        torch.testing.assert_close(losses, states[0][1], rtol=1e-5, atol=0)
+        torch.testing.assert_close(state, states[0][0], rtol=1e-3, atol=1e-4)
+    with pytest.raises(ValueError, match="100 images can't be divided by 1 processes and 101 parts"):
+        train(small_network(norm=False), made_up.limit(200), recipe, 0, accumulate=101)
+
+
+def train_with_others(rank: int, world: int, folder: str, norm: bool, sizes: tuple[int, ...]) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="localhost", LOCAL_RANK=str(rank))
+    os.environ["MASTER_PORT"] = (Path(folder) / "port").read_text()
+    images, batch, accumulate = sizes
+    data, net = synthetic().limit(images), small_network(norm)
+    # A low learning rate: Muon's steps are otherwise so large that rounding differences grow in a few steps.
+    recipe = Recipe(epochs=3, batch_size=batch, filter_lr=0.01, lr=0.001)
+    with TrainUtil.process_group(torch.device("cpu")):
+        result = train(net, data, recipe, 0, accumulate=accumulate, checkpoint=Path(folder) / f"{rank}.pt")
+    torch.save((result, net.state_dict()), Path(folder) / f"result{rank}")
+
+
+@pytest.mark.parametrize("norm", [True, False], ids=["batch norm", "group norm"])
+@pytest.mark.parametrize("sizes", [(200, 50, 1), (99, 33, 1), (200, 50, 2)], ids=str)
+def test_two_processes_train_as_one_with_the_whole_batch(norm, sizes, tmp_path):
+    """Batches of odd size too. In parts the curve is another with batch norm, which has the statistics of each part."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        (tmp_path / "port").write_text(str(free.getsockname()[1]))
+    torch.multiprocessing.spawn(train_with_others, (2, str(tmp_path), norm, sizes), nprocs=2)
+    (first, state), (second, other) = (torch.load(tmp_path / f"result{rank}") for rank in (0, 1))
+    torch.testing.assert_close(other, state, rtol=0, atol=0)  # the processes agree to the bit
+    assert [e["test_accuracy"] for e in second["history"]] == [e["test_accuracy"] for e in first["history"]]
+    assert (tmp_path / "0.pt").exists()
+    assert not (tmp_path / "1.pt").exists()  # the first one writes alone
+    images, batch, accumulate = sizes
+    if norm and accumulate > 1:
+        return
+    net = small_network(norm)
+    recipe = Recipe(epochs=3, batch_size=batch, filter_lr=0.01, lr=0.001)
+    one = train(net, synthetic().limit(images), recipe, 0)
+    torch.testing.assert_close(
+        [e["train_loss"] for e in first["history"]], [e["train_loss"] for e in one["history"]], rtol=1e-5, atol=0
+    )
+    assert state.keys() == net.state_dict().keys()
+    torch.testing.assert_close(state, net.state_dict(), rtol=1e-3, atol=1e-4)
+
+
+def test_a_synchronized_batch_norm_of_one_process_is_batch_norm():
+    torch.manual_seed(0)
+    plain = nn.BatchNorm2d(4).double()
+    nn.init.normal_(plain.weight)
+    ours = copy.deepcopy(plain)
+    ours.__class__ = TrainUtil.SynchronizedBatchNorm
+    x = torch.randn(6, 4, 5, 3, dtype=torch.double, requires_grad=True)
+    for _ in range(2):
+        outputs = [norm(x) for norm in (plain, ours)]
+        torch.testing.assert_close(*outputs)
+        torch.testing.assert_close(*(torch.autograd.grad(y.sin().sum(), x)[0] for y in outputs))
+    torch.testing.assert_close(ours.state_dict(), plain.state_dict())
+    torch.testing.assert_close(ours.eval()(x), plain.eval()(x))
+    half = x.detach().bfloat16()
+    assert ours.float().train()(half).dtype == torch.bfloat16
