@@ -385,7 +385,7 @@ class ViT(nn.Module):
         grid = data.size // self.patch
         with seeded(seed):
             self.embedding = nn.Linear(3 * self.patch**2, dim)
-            self.position = nn.Parameter(0.02 * torch.randn(1, dim, grid, grid))
+            self.position = nn.Parameter(0.02 * torch.randn(dim, grid, grid))
             branches = [branch for _ in range(layers) for branch in transformer_layer(dim, causal=False)]
             self.head = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, data.classes))
         stage = Stage(nn.Identity(), branches, dim, model, 1000 * seed + 1, channel_dim=-1)
@@ -395,9 +395,9 @@ class ViT(nn.Module):
                 stage.deepen(*transformer_layer(dim, causal=False))
 
     def forward(self, x: Tensor) -> Tensor:
-        position = TrainUtil.resize(self.position, x.shape[-1] // self.patch).flatten(2)  # (1, D, patches)
+        position = TrainUtil.resize(self.position, x.shape[-1] // self.patch).flatten(1)  # (D, patches)
         patches = F.unfold(x, self.patch, stride=self.patch)  # (N, 3 · 4 · 4, patches)
-        x = self.embedding(patches.transpose(1, 2)) + position.transpose(1, 2)
+        x = self.embedding(patches.transpose(1, 2)) + position.T
         return self.head(self.stages[0](x).mean(dim=1))
 
 

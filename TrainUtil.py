@@ -481,7 +481,7 @@ def normalize(images: Tensor, name: str = "CIFAR-10") -> Tensor:
 
 
 def resize(images: Tensor, size: int) -> Tensor:
-    """(N, C, H, W) to (N, C, size, size), each pixel the mean of the area that it covers."""
+    """(…, H, W) to (…, size, size), each pixel the mean of the area that it covers."""
     return images if images.shape[-1] == size else F.adaptive_avg_pool2d(images, size)
 
 
@@ -493,7 +493,11 @@ def resize(images: Tensor, size: int) -> Tensor:
 @contextlib.contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
     """Joins the processes that torchrun has started: through NCCL where each has a GPU, else through gloo."""
-    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    store, rank, world = next(distributed.rendezvous("env://"))
+    # After a restart torchrun's store still has the addresses of the processes before it.
+    store = distributed.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    distributed.init_process_group(backend, store=store, rank=rank, world_size=world)
     try:
         yield
     finally:
