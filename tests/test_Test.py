@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
+import warnings
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -1337,8 +1338,13 @@ def test_readme_commands_run(tmp_path):
     commands = [command.split("&&")[-1].strip() for command in commands]
     assert any("--dataset synthetic" in command for command in commands)
     for i, command in enumerate(dict.fromkeys(commands)):
-        python, script, *options = shlex.split(command)
-        assert python == "python"
+        program, *rest = shlex.split(command)
+        assert program in ("python", "torchrun")
+        script, *options = rest if program == "python" else rest[rest.index("Test.py") :]
+        if program == "torchrun" and "synthetic" in options:
+            command = torchrun(*options, "--limit", "400", "--out", str(tmp_path / str(i)))
+            assert subprocess.run(command, cwd=tmp_path, capture_output=True).returncode == 0
+            continue
         if script == "Test.py" and "synthetic" not in options and "--help" not in options:
             Test.parse([*options, "--out", str(tmp_path / "parsed")])
             continue
@@ -1348,10 +1354,22 @@ def test_readme_commands_run(tmp_path):
         assert done.returncode == 0, (command, done.stderr)
 
 
-def test_readme_code_runs(monkeypatch):
-    blocks = readme_blocks("python")
-    assert len(blocks) >= 2
-    for block in blocks:
+@pytest.mark.parametrize("block", readme_blocks("python"), ids=lambda block: re.sub(r"\W+", " ", block)[:60])
+def test_readme_code_runs(block, tmp_path, monkeypatch):
+    for name in ("transformers", "timm", "hyper_connections", "onnxruntime"):
+        if name in block:
+            pytest.importorskip(name, reason=f"{name} is in the dependency group interop: pip install --group interop")
+    monkeypatch.chdir(tmp_path)
+    if "fully_shard" in block:  # in two processes
+        pytest.importorskip("torch", "2.6")
+        (tmp_path / "train.py").write_text(block)
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train.py"]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of libraries about themselves
         exec(compile(block, "README.md", "exec"), {})
 
 
