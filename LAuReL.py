@@ -208,7 +208,8 @@ def fold(block: LAuReL, layer: nn.Module) -> None:
     alpha, beta = block.weights()
     if alpha is None:
         raise ValueError("block has no α: it was folded before")
-    if block.dim is not None and layer.weight.shape != (block.dim, *layer.weight.shape[1:]):
+    norm = isinstance(layer, (nn.LayerNorm, nn.RMSNorm))  # its channels are the last dimension: it must have no other
+    if block.dim is not None and (layer.weight.shape if norm else layer.weight.shape[:1]) != (block.dim,):
         raise ValueError(f"layer must have dim={block.dim} output channels, got {layer}")
     for p in (layer.weight, getattr(layer, "bias", None)):
         if p is not None:

@@ -1,4 +1,4 @@
-"""Compares the plain residual connection with LAuReL, LAuReL-LR and LAuReL-PA in small CNNs on CIFAR-10.
+"""Compares the plain residual connection with LAuReL, LAuReL-LR and LAuReL-PA: by default in small CNNs on CIFAR-10.
 
 `python Test.py` trains four models on all of CIFAR-10 and leaves a table and two pictures; `--help` has the rest.
 """
@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import accumulate
@@ -38,7 +38,7 @@ import torchvision
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
@@ -507,7 +507,8 @@ def whitening_filters(data: TrainUtil.Data, n: int = 16) -> Tensor:
 
     All twelve axes were no better on the held-out images, and the convolution that follows is the most expensive one.
     """
-    patches = F.unfold(data.normalize(data.sample(5000)), kernel_size=2, stride=2)  # (N, 12, patches)
+    n_images = 5000 * 32**2 // data.size**2
+    patches = F.unfold(data.normalize(data.sample(n_images)), kernel_size=2, stride=2)  # (N, 12, patches)
     patches = patches.transpose(0, 1).flatten(1)  # (12, N · 256)
     variance, axes = torch.linalg.eigh(patches @ patches.T / patches.shape[1])  # ascending
     filters = (axes / (variance + 5e-4).sqrt()).T.reshape(12, 3, 2, 2)[-n // 2 :]
@@ -540,12 +541,18 @@ examples:
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
-        self.exit(2, f"{self.prog}: {message}\n" if first_process() else None)
+        told = TrainUtil.launched() and os.environ["LOCAL_RANK"] != "0"  # by another process of the same machine
+        self.exit(2, None if told else f"{self.prog}: {message}\n")
 
 
 def first_process() -> bool:
     """Of those that torchrun starts; it alone writes and prints."""
-    return os.environ.get("RANK", "0") == "0"
+    return not TrainUtil.launched() or os.environ["RANK"] == "0"
+
+
+def cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def count(text: str) -> int:
@@ -615,23 +622,35 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if options.profile:
         models.insert(0, Model.parse("residual"))  # what the others are compared with
     options.models = list({model.name: model for model in models}.values())
-    if distributed.is_torchelastic_launched():
+    here = 1  # processes of this machine
+    if TrainUtil.launched():
+        here, world, restarts = (
+            int(os.environ[name]) for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE", "TORCHELASTIC_MAX_RESTARTS")
+        )
         if options.parallel > 1 or options.profile:
             parser.error("torchrun trains one model at a time with all its processes: no --parallel, no --profile")
-        if options.out is None and os.environ["TORCHELASTIC_MAX_RESTARTS"] != "0":
+        if restarts and options.out is None:
             parser.error("with torchrun --max-restarts name the folder with --out, so that a restart finds it")
+        if restarts and world > here:  # whose restarts are counted apart
+            parser.error("torchrun --max-restarts is for one machine; of several, start all again with the same --out")
+        if options.device.type == "mps":
+            parser.error("torchrun works with --device cpu and cuda, not with mps")
         if options.device.type == "cuda":
             options.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(options.device)
+    if options.device.index is not None:
+        torch.cuda.set_device(options.device)
     options.out = options.out or Path("runs") / time.strftime("%Y-%m-%d-%H%M%S")
     # Another number of threads adds up in another order: numbers are the same to the bit for the same --threads alone.
-    options.threads = options.threads or max(1, torch.get_num_threads() // options.parallel)
+    threads = cores() // here if here > 1 else torch.get_num_threads()  # torchrun would have one thread in each
+    options.threads = options.threads or max(1, threads // options.parallel)
     if options.precision == "auto":
         options.precision = TrainUtil.default_precision(options.device)
     if options.dataset == "imagefolder":
         options.image_size = options.image_size or 224
-        runs_here = options.parallel * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        options.workers = options.workers or max(1, (os.cpu_count() or 1) // runs_here)
+        options.workers = options.workers or max(1, cores() // (here * options.parallel))
+    elif options.workers or (options.image_size and not options.profile):
+        name = "--workers" if options.workers else "--image-size"
+        parser.error(f"{name} goes with --dataset imagefolder")
     if options.gpt[0] % 64:
         parser.error(f"--gpt {options.gpt[0]} …: the width must be a multiple of 64, the channels of a head")
     if options.profile and (options.out / "profile.json").exists():
@@ -994,11 +1013,14 @@ def networks(options: argparse.Namespace) -> Iterator[tuple[str, list[dict]]]:
     """The name of a network, and what every model of it costs."""
     dim, layers, length, batch = options.gpt
     data = TrainUtil.synthetic()
+    if options.image_size:
+        images = data.sample(256).permute(0, 3, 1, 2).float()
+        images = F.interpolate(images, options.image_size).to(torch.uint8).permute(0, 2, 3, 1)
+        data = replace(data.limit(256), train_images=images)
 
     def cnn_example(n: int) -> tuple[Tensor, Tensor]:
         i = torch.arange(n) % data.train_size
-        x = data.normalize(data.train_images[i])
-        return F.interpolate(x, options.image_size or data.size), i % data.classes
+        return data.normalize(data.train_images[i]), i % data.classes
 
     def gpt_example(n: int) -> tuple[Tensor, Tensor]:
         tokens = torch.randint(GPT.vocabulary, (n, length), generator=torch.Generator().manual_seed(0))
@@ -1006,8 +1028,8 @@ def networks(options: argparse.Namespace) -> Iterator[tuple[str, list[dict]]]:
 
     if options.network != "gpt":
         models = {model.name: ARCHS[options.arch](model, 0, data) for model in options.models}
-        kind, size = "ViT" if options.arch == "vit" else f"{options.arch} CNN", options.image_size or data.size
-        name = f"{kind}, {size}×{size} pixels, batch {options.batch_size}"
+        kind = "ViT" if options.arch == "vit" else f"{options.arch} CNN"
+        name = f"{kind}, {data.size}×{data.size} pixels, batch {options.batch_size}"
         yield name, measure(models, cnn_example, options.batch_size, options)
     if options.network != "cnn":
         models = {model.name: GPT(model, dim, layers, length) for model in options.models}
@@ -1358,7 +1380,7 @@ def compare(options: argparse.Namespace) -> int:
             finished = [(model.name, seed) in runs for model, seed in pairs]
             left = {i: pair for i, (pair, there) in enumerate(zip(pairs, finished)) if not there}
         finally:
-            TrainUtil.agree(left)  # see follow
+            TrainUtil.agree(left and (left, facts(options, data)))  # see follow
         if any(finished):
             print(f"{sum(finished)} of {len(pairs)} runs are in {options.out} already.")
         monitor = Monitor([f"{model.name}, seed {seed}" for model, seed in pairs], finished, recipe.epochs)
@@ -1390,18 +1412,29 @@ def compare(options: argparse.Namespace) -> int:
     return show(options.out, config, in_order()) or code if runs else code
 
 
+def facts(options: argparse.Namespace, data: TrainUtil.Data) -> dict:
+    """What all processes must have alike."""
+    sizes = {"training images": data.train_size, "test images": data.test_size, "classes": data.classes}
+    return {**sizes, "precision": options.precision, "torch": torch.__version__}
+
+
 def follow(options: argparse.Namespace) -> int:
     """What torchrun's other processes do: the runs of the first one, which keeps the results."""
-    left = TrainUtil.agree(None)
-    if left is None:  # the first process has said why
-        return 2
+    agreed = TrainUtil.agree(None)
+    if not agreed:  # nothing is left to do, or the first process has said why it can't be done
+        return 0
     try:
+        left, first = agreed
         data = load(options)
+        if facts(options, data) != first:
+            raise RefusedError(f"this process has {facts(options, data)}, the first one {first}")
         for pair in left.values():
             train_one(*pair, data, recipe_for(options, data), options)
-    except (TrainUtil.DataError, RunError) as error:
+    except (TrainUtil.DataError, RefusedError, RunError) as error:
         print(error, file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 
@@ -1438,16 +1471,24 @@ def main(argv: list[str] | None = None) -> int:
     if not rich.get_console().is_terminal:
         rich.reconfigure(width=220)  # a file has no width of its own to fold the tables to
     if options.draw:
-        return redraw(options)
+        return redraw(options) if first_process() else 0
     torch.set_num_threads(options.threads)
-    together = distributed.is_torchelastic_launched()
+    if TrainUtil.launched():
+        rich.get_console().quiet = not first_process()
+        with TrainUtil.process_group(options.device):
+            code = begin(options) if first_process() else follow(options)
+            if code:  # leaving the group could wait for the others
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
+        return code
+    return begin(options)
+
+
+def begin(options: argparse.Namespace) -> int:
     try:
-        with TrainUtil.process_group(options.device) if together else nullcontext():
-            if not first_process():
-                rich.get_console().quiet = True
-                return follow(options)
-            with filelock.FileLock(options.out / ".lock", timeout=0):
-                return profile(options) if options.profile else compare(options)
+        with filelock.FileLock(options.out / ".lock", timeout=0):
+            return profile(options) if options.profile else compare(options)
     except filelock.Timeout:
         print(f"--out {options.out} is in use by another process; name another folder", file=sys.stderr)
     except OSError as error:

@@ -1,7 +1,8 @@
 """Data, training, evaluation and measurement for the comparison in Test.py. Knows nothing of the command line.
 
-The data live on the device as one uint8 tensor and are augmented there a whole batch at a time. Every random choice
-of a run is drawn on the CPU from its seed alone, so that all models of a run see the same batches.
+CIFAR lives on the device as one uint8 tensor and is augmented there a whole batch at a time; folders of images are read
+by worker processes. Every random choice of a run is drawn on the CPU from its seed alone, so that all models of a run
+see the same batches.
 """
 
 import contextlib
@@ -22,6 +23,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from functools import cache, partial
 from pathlib import Path
 
@@ -177,10 +179,13 @@ class Images(torch.utils.data.Dataset):
         path, label = self.samples[i % len(self)]
         try:
             image = default_loader(path)
-        except (OSError, SyntaxError, ValueError) as error:  # Pillow has all of them for a broken file
-            return DataError(f"{path} can't be read as an image: {error if os.path.getsize(path) else 'it is empty'}")
+        except Exception as error:  # Pillow has many for a broken file
+            empty = os.path.exists(path) and not os.path.getsize(path)
+            return DataError(f"{path} can't be read as an image: {'it is empty' if empty else error}")
+        # A hash, as torch takes no more than 32 bits of a seed.
+        seed = int.from_bytes(hashlib.sha256(f"{self.seed} {int(i)}".encode()).digest()[:4], "big")
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed((self.seed << 40) + i)
+            torch.default_generator.manual_seed(seed)
             return self.transform(image), label
 
     @staticmethod
@@ -236,7 +241,7 @@ class Folder:
             if isinstance(batch, DataError):
                 raise batch
             x, y = (tensor.to(self.device, non_blocking=True) for tensor in batch)
-            yield x.permute(0, 2, 3, 1), y
+            yield x.permute(0, 2, 3, 1).contiguous(), y
 
     def batches(self, recipe: "Recipe", seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         n, steps = self.train_size, recipe.steps_per_epoch(self.train_size)
@@ -246,7 +251,8 @@ class Folder:
             yield self.normalize(x), y
 
     def test_batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        for x, y in self.load(self.test, share(torch.arange(self.test_size)).split(batch_size)):
+        mine = share(torch.arange(self.test_size)).split(batch_size)
+        for x, y in self.load(self.test, [i.tolist() for i in mine if len(i)]):
             yield self.normalize(x), y
 
 
@@ -274,7 +280,9 @@ def load_folder(path: Path, size: int, workers: int) -> Folder:
         raise DataError(f"{train.root} has one class alone, {train.classes[0]}; there is nothing to tell apart")
     order = torch.randperm(len(train.samples), generator=torch.Generator().manual_seed(0)).tolist()
     shuffled_once = [train.samples[i] for i in order]  # for --limit and --hold-out: the files are sorted by class
-    return Folder(path.name, shuffled_once, test.samples, len(train.classes), size, workers, torch.device("cpu"))
+    return Folder(
+        path.resolve().name, shuffled_once, test.samples, len(train.classes), size, workers, torch.device("cpu")
+    )
 
 
 @contextlib.contextmanager
@@ -490,18 +498,25 @@ def resize(images: Tensor, size: int) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def launched() -> bool:
+    """Whether torchrun has started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
 @contextlib.contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """Joins the processes that torchrun has started: through NCCL where each has a GPU, else through gloo."""
+    """Joins the processes that torchrun has started: through NCCL where each has a GPU, else through gloo.
+
+    On an error the group is not left in order, as that can wait for processes that wait for this one.
+    """
     store, rank, world = next(distributed.rendezvous("env://"))
     # After a restart torchrun's store still has the addresses of the processes before it.
     store = distributed.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    distributed.init_process_group(backend, store=store, rank=rank, world_size=world)
-    try:
-        yield
-    finally:
-        distributed.destroy_process_group()
+    wait = timedelta(hours=2)  # while the first process fetches the data; torchrun itself sees a process that dies
+    distributed.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=wait)
+    yield
+    distributed.destroy_process_group()
 
 
 def processes() -> tuple[int, int]:
@@ -713,7 +728,7 @@ def digest(model: nn.Module) -> str:
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether a device or the machine had no more memory, for which there are many exceptions."""
-    texts = ("allocate memory", "not enough memory", "out of memory", "alloc_failed")
+    texts = ("allocate memory", "not enough memory", "out of memory", "out of shared memory", "alloc_failed")
     return isinstance(error, MemoryError) or any(text in str(error).lower() for text in texts)
 
 
@@ -756,11 +771,12 @@ def train(
     batch = min(recipe.batch_size, n)
     if batch < world * accumulate:
         raise ValueError(f"a batch of {batch} images can't be divided by {world} processes and {accumulate} parts")
+    test_batch = 1000 if isinstance(data, Dataset) else batch // (world * accumulate)  # what is trained on fits
     model.to(device, memory_format=torch.channels_last)
     if world > 1:
         synchronize_batch_norm(model)
-    call = compiled({"model": model})["model"] if compile else model
-    compile_seconds = warm_up(model, call, data, recipe, precision, accumulate) if compile else 0.0
+    call = compiled({"model": model}, accumulate)["model"] if compile else model
+    compile_seconds = warm_up(model, call, data, recipe, precision, accumulate, test_batch) if compile else 0.0
     step = nn.parallel.DistributedDataParallel(call) if world > 1 else call
 
     opts = optimizers(model, recipe, precision)
@@ -805,7 +821,7 @@ def train(
         train_seconds += seconds
         finite = math.isfinite(train_loss) and all(p.isfinite().all() for p in model.parameters())
         entry = {"epoch": epoch + 1, "train_loss": train_loss if finite else None}
-        history.append({**entry, "test_accuracy": evaluate(call, data, precision), "seconds": seconds})
+        history.append({**entry, "test_accuracy": evaluate(call, data, precision, test_batch), "seconds": seconds})
         try:
             if checkpoint and rank == 0:
                 save(checkpoint, parts, history)
@@ -859,27 +875,41 @@ def restore(checkpoint: Path, parts: list) -> list[dict]:
         return []
 
 
-def compiled(models: dict[str, nn.Module]) -> dict[str, Callable]:
-    """The models under torch.compile, on CUDA as CUDA graphs; it would give up on a class after eight versions."""
+def compiled(models: dict[str, nn.Module], accumulate: int = 1) -> dict[str, Callable]:
+    """The models under torch.compile, on CUDA as CUDA graphs; it would give up on a class after eight versions.
+
+    No graphs where gradients are accumulated: the next one reuses their memory (pytorch issue 169545).
+    """
     torch.compiler.reset()
-    torch._dynamo.config.cache_size_limit = 8 * len(models)
+    torch._dynamo.config.cache_size_limit = 16 * len(models)
     cuda = any(p.is_cuda for model in models.values() for p in model.parameters())
-    options = {"dynamic": False, "mode": "reduce-overhead" if cuda else "default"}
+    options = {"dynamic": False, "mode": "reduce-overhead" if cuda and accumulate == 1 else "default"}
     return {name: torch.compile(model, **options) for name, model in models.items()}
 
 
-def warm_up(model: nn.Module, step: Callable, data: Data, recipe: Recipe, precision: str, accumulate: int = 1) -> float:
+def warm_up(
+    model: nn.Module,
+    step: Callable,
+    data: Data,
+    recipe: Recipe,
+    precision: str,
+    accumulate: int = 1,
+    test_batch: int = 1000,
+) -> float:
     """Compiles the training and the test step, leaves the model as it was, and returns the seconds it took."""
     start, state = time.perf_counter(), copy.deepcopy(model.state_dict())
     model.train()
     x, y = next(data.batches(replace(recipe, sizes=((data.size, 1.0),)), seed=0, epoch=0))
-    x, y = x.tensor_split(accumulate)[0], y.tensor_split(accumulate)[0]
-    for size, _ in recipe.sizes:
-        with autocast(y.device, precision):
-            logits = step(resize(x, size))
-        F.cross_entropy(logits.float(), y).backward()
-    evaluate(step, data, precision)
-    model.zero_grad()
+    parts = {
+        len(labels): (part, labels) for part, labels in zip(x.tensor_split(accumulate), y.tensor_split(accumulate))
+    }
+    for part, labels in parts.values():
+        for size, _ in recipe.sizes:
+            with autocast(y.device, precision):
+                logits = step(resize(part, size))
+            F.cross_entropy(logits.float(), labels).backward()
+            model.zero_grad()
+    evaluate(step, data, precision, test_batch)
     model.load_state_dict(state)
     return time.perf_counter() - start
 

@@ -1362,7 +1362,8 @@ def test_readme_code_runs(block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if "fully_shard" in block:  # in two processes
         pytest.importorskip("torch", "2.6")
-        (tmp_path / "train.py").write_text(block)
+        leave = "torch.distributed.barrier()\ntorch.distributed.destroy_process_group()\n"
+        (tmp_path / "train.py").write_text(block + leave)
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train.py"]
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
