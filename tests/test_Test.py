@@ -636,6 +636,8 @@ def test_runs_side_by_side_give_the_numbers_of_one_after_the_other(tmp_path):
         (["--models", "pa:rank=2.5"], ["'rank=2.5'", "rank=none"]),
         (["--models", "rw:decay=-1"], ["'decay=-1'", "decay=NUMBER"]),
         (["--models", "deeper:scale=1"], ["'deeper:scale=1'", "no arguments"]),
+        (["--workers", "2"], ["--workers", "imagefolder"]),
+        (["--image-size", "64"], ["--image-size", "imagefolder"]),
         (["--gpt", "100", "4", "256", "4"], ["--gpt", "100", "multiple of 64"]),
         (["--gpt", "64", "0", "256", "4"], ["--gpt", "at least 1", "'0'"]),
     ],
@@ -670,18 +672,8 @@ def test_options_that_the_data_do_not_allow_are_refused(options, part, tmp_path,
 # Several processes, started by torchrun
 # ---------------------------------------------------------------------------------------------------------------------
 
-TOGETHER = (
-    *SYNTHETIC,
-    "--device",
-    "cpu",
-    "--precision",
-    "float32",
-    "--arch",
-    "vit",
-    "--models",
-    "residual",
-    "rw+lr+pa",
-)
+TOGETHER = (*SYNTHETIC, "--limit", "200", "--device", "cpu", "--precision", "float32", "--arch", "vit")
+TOGETHER += ("--models", "residual", "rw+lr+pa")
 
 
 def torchrun(*options: str, restarts: int = 0) -> list[str]:

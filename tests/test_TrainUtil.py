@@ -445,6 +445,14 @@ def test_what_is_read_from_a_folder_depends_on_seed_and_epoch_alone(images):
     for other in (read(0, seed=2, epoch=0), read(0, seed=1, epoch=1)):
         assert not torch.equal(first[0], other[0])
         assert sorted(other[1].tolist()) == sorted(first[1].tolist())
+    crop = v2.Compose([v2.PILToTensor(), v2.RandomResizedCrop(32)])
+    one, again, other_seed, other_epoch = (
+        TrainUtil.Images(load_folder(images, 32, 0).train, crop, seed)[i][0]
+        for seed, i in ((1, 5), (1, 5), (2, 5), (1, 5 + 32))
+    )
+    assert torch.equal(one, again)
+    assert not torch.equal(one, other_seed)
+    assert not torch.equal(one, other_epoch)
 
 
 def test_tested_images_are_resized_and_cropped_in_the_middle(images):
@@ -457,10 +465,19 @@ def test_tested_images_are_resized_and_cropped_in_the_middle(images):
     torch.testing.assert_close(x[0], (expected - mean) / std, rtol=0, atol=0.02)
 
 
+def test_a_process_without_a_share_of_the_test_images_has_no_batch(images, monkeypatch):
+    monkeypatch.setattr(TrainUtil, "processes", lambda: (20, 21))
+    data = load_folder(images, 32, workers=0)
+    assert list(data.test_batches(8)) == []
+
+
 def break_folder(images: Path, fault: str) -> Path:
     """Returns what the message has to name."""
     path = images / "train" / "dog" / "06.jpg"
-    if fault in ("cut short", "empty", "no image"):
+    if fault == "link to nowhere":
+        path.unlink()
+        path.symlink_to(images / "nowhere")
+    elif fault in ("cut short", "empty", "no image"):
         content = {"cut short": path.read_bytes()[:-300], "empty": b"", "no image": b"<html>"}[fault]
         path.write_bytes(content)
     elif fault == "no val":
@@ -487,6 +504,7 @@ FAULTS = {
     "cut short": "(?i)can't be read as an image: .*truncated",
     "empty": "can't be read as an image: it is empty",
     "no image": "can't be read as an image: cannot identify",
+    "link to nowhere": "can't be read as an image: .*No such file",
     "no val": "CLASS/NAME.jpg",
     "class missing in val": "has no folder for dog",
     "class missing in train": "has no folder for dog",
