@@ -372,14 +372,14 @@ def transformer_layer(dim: int, causal: bool) -> tuple[nn.Sequential, nn.Sequent
 
 
 class ViT(nn.Module):
-    """A pre-norm vision transformer (Dosovitskiy et al. 2021) for small images: D = 192, 6 layers, 3 heads.
+    """A pre-norm vision transformer (Dosovitskiy et al. 2021) for small images: D = 128, 6 layers, 2 heads.
 
     Patches of 4×4 pixels, 16×16 of them in images above 64×64 pixels → linear, learned position → layers with two
     residual connections each, around attention and MLP → LayerNorm → mean over the patches → linear classifier. Smaller
     images than the data's take the means of the positions over areas. `deeper` has one more layer, at the end.
     """
 
-    def __init__(self, model: Model, seed: int, data: TrainUtil.Data, dim: int = 192, layers: int = 6) -> None:
+    def __init__(self, model: Model, seed: int, data: TrainUtil.Data, dim: int = 128, layers: int = 6) -> None:
         super().__init__()
         self.patch = max(4, data.size // 16)
         grid = data.size // self.patch
@@ -1391,9 +1391,12 @@ def compare(options: argparse.Namespace) -> int:
                 checkpoint(options.out, run["model"], run["seed"]).unlink()
         with suppress(OSError):  # not empty: damaged checkpoints are kept
             (options.out / "checkpoints").rmdir()
-    except (TrainUtil.DataError, RefusedError) as error:
+    except RefusedError as error:
         print(error, file=sys.stderr)
         return 2
+    except TrainUtil.DataError as error:  # a file may turn out to be broken after hours
+        code = 2
+        print(error, file=sys.stderr)
     except RunError as error:
         code = 1
         print(

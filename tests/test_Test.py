@@ -28,6 +28,7 @@ import torchvision
 from packaging.requirements import Requirement
 from scipy import stats
 from torchvision.datasets import CIFAR10
+from torchvision.transforms.functional import to_pil_image
 
 import Test
 import TrainUtil
@@ -666,6 +667,32 @@ def test_options_that_the_data_do_not_allow_are_refused(options, part, tmp_path,
     error = capsys.readouterr().err
     assert part in error
     assert len(error.splitlines()) == 1
+
+
+def test_an_image_that_is_broken_ends_a_study_with_what_it_had(tmp_path, capsys):
+    """A folder of files: one is broken after the first run; whole again, the study goes on."""
+    for part, n in (("train", 12), ("val", 4)):
+        for label in range(2):
+            (tmp_path / "images" / part / str(label)).mkdir(parents=True)
+            for i in range(n):
+                image = torch.full((3, 40, 40), 60 + 100 * label + i, dtype=torch.uint8)
+                to_pil_image(image).save(tmp_path / "images" / part / str(label) / f"{i}.png")
+    data = ["--dataset", "imagefolder", "--data-dir", str(tmp_path / "images"), "--image-size", "32", "--workers", "1"]
+    options = [*data, "--batch-size", "8", "--epochs", "1", "--device", "cpu", "--out", str(tmp_path / "out")]
+    assert Test.main([*options, "--models", "residual"]) == 0
+    path = tmp_path / "images" / "train" / "1" / "3.png"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:40])
+    assert Test.main([*options, "--models", "residual", "rw"]) == 2
+    captured = capsys.readouterr()
+    assert f"{path} can't be read as an image" in captured.err
+    assert "| residual |" in captured.out  # its table is printed
+    path.write_bytes(whole)
+    assert Test.main([*options, "--models", "residual", "rw"]) == 0
+    assert [run["model"] for run in json.loads((tmp_path / "out" / "results.json").read_text())["runs"]] == [
+        "residual",
+        "rw",
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
