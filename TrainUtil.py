@@ -516,6 +516,7 @@ def process_group(device: torch.device) -> Iterator[None]:
     wait = timedelta(hours=2)  # while the first process fetches the data; torchrun itself sees a process that dies
     distributed.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=wait)
     yield
+    distributed.barrier()  # none leaves while another still talks to it
     distributed.destroy_process_group()
 
 
