@@ -431,9 +431,6 @@ class GPT(nn.Module):
         return self.head(self.stages[0](self.embedding(tokens) + self.position[: tokens.shape[-1]]))
 
 
-TRANSFORMER_LR = 0.001  # for the ViT: a tenth of what the batch norms of the others bear
-
-
 def residual_layers(
     x: Tensor,
     shortcut: Tensor,
@@ -1338,6 +1335,9 @@ def load(options: argparse.Namespace) -> TrainUtil.Data:
     if min(options.batch_size, data.train_size) < least:
         raise RefusedError(f"a batch must have {least} images, one for each process and each part of --accumulate")
     return data
+
+
+TRANSFORMER_LR = 0.001  # for the ViT: a tenth of what the batch norms of the others bear
 
 
 def recipe_for(options: argparse.Namespace, data: TrainUtil.Data) -> TrainUtil.Recipe:
