@@ -517,6 +517,8 @@ def process_group(device: torch.device) -> Iterator[None]:
     distributed.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=wait)
     yield
     distributed.barrier()  # none leaves while another still talks to it
+    # torch 2.5 holds the GIL while it waits for gloo's threads, and one that still frees a tensor waits for the GIL.
+    time.sleep(0.2)
     distributed.destroy_process_group()
 
 
