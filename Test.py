@@ -628,8 +628,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             parser.error("torchrun trains one model at a time with all its processes: no --parallel, no --profile")
         if restarts and options.out is None:
             parser.error("with torchrun --max-restarts name the folder with --out, so that a restart finds it")
-        if restarts and world > here:  # whose restarts are counted apart
-            parser.error("torchrun --max-restarts is for one machine; of several, start all again with the same --out")
+        if restarts and world > here and TrainUtil.agent_store():  # each counts its restarts apart
+            parser.error(
+                "over several machines torchrun --max-restarts needs --rdzv-backend=c10d and the environment variable "
+                "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 (pytorch issue 135712)"
+            )
         if options.device.type == "mps":
             parser.error("torchrun works with --device cpu and cuda, not with mps")
         if options.device.type == "cuda":
@@ -702,7 +705,6 @@ class Monitor:
             self.tested[run] = len(history)
         self.done[run] = work
         done = sum(filter(None, self.done))
-        left = (time.perf_counter() - self.start) * (len(self.done) - done) / max(done - self.before, 1e-9)
         epoch_ended, self.tested[run] = len(history) > self.tested[run], len(history)
         epoch = len(history) + (0 if epoch_ended else 1)
         text = f"[{run + 1}/{len(self.titles)}] {self.titles[run]}, epoch {epoch}/{self.epochs}"
@@ -710,7 +712,10 @@ class Monitor:
             loss = history[-1]["train_loss"]
             text += ", diverged" if loss is None else f", loss {loss:.3f}"
             text += f", accuracy {100 * history[-1]['test_accuracy']:.2f} %"
-        text += f", {images / seconds:.0f} images/s, {left // 60:.0f}:{left % 60:02.0f} min left"
+        text += f", {images / seconds:.0f} images/s"
+        if done > self.before:
+            left = (time.perf_counter() - self.start) * (len(self.done) - done) / (done - self.before)
+            text += f", {left // 60:.0f}:{left % 60:02.0f} min left"
         self.bar.update(self.task, completed=done, description=text)
         if self.plain and epoch_ended:
             print(text, flush=True)

@@ -503,6 +503,11 @@ def launched() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
+def agent_store() -> bool:
+    """Whether the processes meet in torchrun's own store, which it keeps over restarts."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
 @contextlib.contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
     """Joins the processes that torchrun has started: through NCCL where each has a GPU, else through gloo.
@@ -510,8 +515,8 @@ def process_group(device: torch.device) -> Iterator[None]:
     On an error the group is not left in order, as that can wait for processes that wait for this one.
     """
     store, rank, world = next(distributed.rendezvous("env://"))
-    # After a restart torchrun's store still has the addresses of the processes before it.
-    store = distributed.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    if agent_store():  # after a restart it still has the addresses of the processes before it
+        store = distributed.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
     backend = "nccl" if device.type == "cuda" else "gloo"
     wait = timedelta(hours=2)  # while the first process fetches the data; torchrun itself sees a process that dies
     distributed.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=wait)

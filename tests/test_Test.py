@@ -10,6 +10,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -700,7 +701,7 @@ def test_an_image_that_is_broken_ends_a_study_with_what_it_had(tmp_path, capsys)
 # ---------------------------------------------------------------------------------------------------------------------
 
 TOGETHER = (*SYNTHETIC, "--limit", "200", "--device", "cpu", "--precision", "float32", "--arch", "vit")
-TOGETHER += ("--models", "residual", "rw+lr+pa")
+TOGETHER += ("--models", "residual", "rw+lr+pa", "--threads", "1")
 
 
 def torchrun(*options: str, restarts: int = 0) -> list[str]:
@@ -758,19 +759,46 @@ def test_a_process_of_torchrun_that_dies_ends_the_run(rank, tmp_path):
 
 
 @pytest.mark.skipif(shutil.which("ps") is None, reason="needs ps to find the processes")
-def test_torchruns_restart_goes_on_from_the_checkpoint(together, tmp_path):
+@pytest.mark.parametrize("machines", [1, 2])
+def test_torchruns_restart_goes_on_from_the_checkpoint(machines, together, tmp_path):
     command = torchrun(*TOGETHER, "--epochs", "3", "--out", str(tmp_path), restarts=1)
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if machines == 2:  # what each of them would run
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            at = f"--rdzv-endpoint=localhost:{free.getsockname()[1]}"
+        command[3:5] = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", at]
+    environment = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": str(machines - 1)}
+    output, end = os.pipe()
+    pipes = {"stdout": end, "stderr": subprocess.STDOUT, "env": environment}
+    agents = [subprocess.Popen(command, **pipes) for _ in range(machines)]
+    os.close(end)
     printed, killed = [], False
-    for line in process.stdout:
-        printed.append(line)
-        if "rw+lr+pa, seed 0, epoch 1/3" in line and not killed:
-            os.kill(workers(process.pid)[1], signal.SIGKILL)
-            killed = True
-    assert process.wait() == 0, printed
+    try:
+        with open(output) as lines:
+            for line in lines:
+                printed.append(line)
+                if "rw+lr+pa, seed 0, epoch 1/3" in line and not killed:
+                    os.kill(workers(agents[-1].pid)[-1], signal.SIGKILL)
+                    killed = True
+        assert [agent.wait() for agent in agents] == [0] * machines, printed
+    finally:
+        for agent in agents:
+            agent.kill()
     assert "1 of 2 runs are in" in "".join(printed)
-    for mine, whole in zip(results(tmp_path), results(together[1])):
+    for mine, whole in zip(results(tmp_path), results(together[1]), strict=True):
         assert mine["weights_sha256"] == whole["weights_sha256"]
+
+
+def test_restarts_over_several_machines_need_a_store_that_is_not_kept_over_them(tmp_path, monkeypatch, capsys):
+    together = {"RUN_ID": "1", "MAX_RESTARTS": "1", "USE_AGENT_STORE": "True"}
+    started = {f"TORCHELASTIC_{name}": value for name, value in together.items()}
+    for name, value in {**started, "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit):
+        Test.parse(["--out", str(tmp_path)])
+    assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in capsys.readouterr().err
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")
+    Test.parse(["--out", str(tmp_path), "--device", "cpu"])
 
 
 @pytest.mark.parametrize(
