@@ -21,7 +21,7 @@ from torch import Tensor, nn
 BOUNDS = ("softmax", "sigmoid", "single", "none")
 # What a branch may end in for `fold`: weight and bias multiply and add to each channel of the output.
 AFFINE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-AFFINE += (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+AFFINE += (nn.SyncBatchNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 INITS = ("xavier", "orthogonal")
 
 
@@ -59,9 +59,12 @@ class Recompute(torch.autograd.Function):
 
 def recoverable(alpha: Tensor | None, beta: Tensor, dtype: torch.dtype) -> bool:
     """Whether α is learned and large enough, and the dtype exact enough, to have t back from α t + β x."""
-    if torch.compiler.is_compiling() or alpha is None or not alpha.requires_grad or alpha.is_meta:
+    if torch.compiler.is_compiling() or alpha is None or not alpha.requires_grad:
         return False
-    return dtype in (torch.float32, torch.float64) and bool((8 * alpha.abs() > beta.abs()).all())
+    try:
+        return dtype in (torch.float32, torch.float64) and bool((8 * alpha.abs() > beta.abs()).all())
+    except RuntimeError:  # on the meta device, or of many models under vmap, there is no one value to look at
+        return False
 
 
 class LAuReL_LR(nn.Module):
@@ -156,6 +159,8 @@ class LAuReL_LR(nn.Module):
         nn.init.zeros_(self.B)
         if self.w is not None:
             nn.init.constant_(self.w, 1.0 if self.bound == "none" else 0.0)
+        if self.folded_beta is not None:
+            nn.init.ones_(self.folded_beta)
 
     def weights(self) -> tuple[Tensor | None, Tensor | None]:
         """α and β, bounded; None without residual weights, where both are fixed at 1. After `fold` α is None."""
@@ -227,11 +232,12 @@ def fold(block: LAuReL_LR, layer: nn.Module) -> None:
     Args:
         block: with α and β that were not folded before.
         layer: the last one of f, where it is linear, a convolution or a norm with a weight: Linear, Conv1d to 3d,
-            BatchNorm1d to 3d, LayerNorm, GroupNorm, RMSNorm. It must belong to this branch alone, and its channels must
-            be those of the block.
+            BatchNorm1d to 3d, SyncBatchNorm, LayerNorm, GroupNorm, RMSNorm. It must belong to this branch alone, and
+            its channels must be those of the block.
 
     Raises:
-        TypeError: another kind of layer, such as an activation, through which α can't be moved.
+        TypeError: another kind of layer, such as an activation, through which α can't be moved, or a weight that is
+            computed anew at each call, as with torch.nn.utils.parametrize.
         ValueError: a block without α.
 
     Example:
@@ -242,15 +248,16 @@ def fold(block: LAuReL_LR, layer: nn.Module) -> None:
         >>> torch.allclose(residual(x, f(x)), before, atol=1e-5)
         True
     """
-    if not isinstance(layer, AFFINE) or not isinstance(layer.weight, nn.Parameter):
+    params = [p for p in (getattr(layer, "weight", None), getattr(layer, "bias", None)) if p is not None]
+    affine = type(layer).forward in [kind.forward for kind in AFFINE]  # a subclass with its own may do more
+    if not affine or layer.weight is None or not all(isinstance(p, nn.Parameter) for p in params):
         allowed = ", ".join(kind.__name__ for kind in AFFINE)
         raise TypeError(f"layer must be one of {allowed} with a weight of its own, got {layer}")
     alpha, beta = block.weights()
     if alpha is None:
         raise ValueError("block has no α: it has no residual weights, or was folded before")
-    for p in (layer.weight, getattr(layer, "bias", None)):
-        if p is not None:
-            p.mul_(alpha)
+    for p in params:
+        p.mul_(alpha)
     block.w, block.folded_beta = None, beta.clone()
 
 

@@ -38,6 +38,7 @@ LAST_LAYERS = {  # what a branch may end in, the shape and channel_dim of its ou
     "convolution": (lambda: nn.Conv2d(D, D, 3, padding=1), (2, D, 3, 4), 1),
     "convolution in groups": (lambda: nn.Conv1d(D, D, 1, groups=2), (2, D, 5), 1),
     "batch norm": (lambda: nn.BatchNorm2d(D), (2, D, 3, 4), 1),
+    "synchronised batch norm": (lambda: nn.SyncBatchNorm(D).eval(), (2, D, 3, 4), 1),
     "layer norm": (lambda: nn.LayerNorm(D), (2, 5, D), -1),
     "group norm": (lambda: nn.GroupNorm(2, D), (2, D, 3, 4), 1),
     "RMS norm": (lambda: nn.RMSNorm(D), (2, 5, D), -1),
@@ -68,6 +69,11 @@ def randomize(block: nn.Module) -> nn.Module:
         for p in block.parameters():
             p.copy_(0.5 * torch.randn(p.shape, generator=generator))
     return block
+
+
+class Activated(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(super().forward(x))
 
 
 class Chain(nn.Module):
@@ -381,6 +387,24 @@ class BlockProperties:
             for name in params:
                 torch.testing.assert_close(by_vmap[name][i], one[name])
 
+    def test_works_for_an_ensemble_under_vmap(self, variant):
+        """Gradients of several models by vmap over their parameters are those of the models one by one."""
+        blocks = [self.make(self.variants[variant][0]) for _ in range(3)]
+        for i, block in enumerate(blocks):
+            with torch.no_grad():
+                for p in randomize(block).parameters():
+                    p.mul_(1 + i / 10)
+        params, _ = torch.func.stack_module_state(blocks)
+        xs, fx = self.inputs((4, D))
+
+        def loss(params):
+            return torch.func.functional_call(block, params, (xs if self.takes_history else xs[-1], fx)).square().sum()
+
+        by_vmap = torch.func.vmap(torch.func.grad(loss))(params)
+        for i, each in enumerate(blocks):
+            for name, grad in torch.func.grad(loss)(dict(each.named_parameters())).items():
+                torch.testing.assert_close(by_vmap[name][i], grad)
+
     def test_has_forward_mode_derivatives(self, variant):
         """Forward over reverse gives the second derivatives that reverse over reverse gives."""
         block = randomize(self.make(self.variants[variant][0])).double()
@@ -471,11 +495,32 @@ class BlockProperties:
         with pytest.raises(ValueError, match="folded before"):
             self.fold(block, layer)
 
-    @pytest.mark.parametrize("layer", [nn.GELU(), nn.LayerNorm(D, elementwise_affine=False), nn.Dropout()], ids=repr)
+    @pytest.mark.parametrize(
+        "layer",
+        [
+            nn.GELU(),
+            nn.LayerNorm(D, elementwise_affine=False),
+            nn.Dropout(),
+            Activated(D, D),
+            nn.utils.parametrizations.weight_norm(nn.Linear(D, D)),
+            nn.utils.parametrize.register_parametrization(nn.Linear(D, D), "bias", nn.Tanh()),
+        ],
+        ids=repr,
+    )
     def test_nothing_is_folded_through_a_layer_that_is_not_affine(self, first_variant, layer):
-        block = self.make(self.variants[first_variant][0])
-        with pytest.raises(TypeError, match=r"Linear.*LayerNorm.*got"):
+        block, before = self.make(self.variants[first_variant][0]), copy.deepcopy(layer.state_dict())
+        with pytest.raises(TypeError, match=r"(?s)Linear.*LayerNorm.*got"):
             self.fold(block, layer)
+        torch.testing.assert_close(layer.state_dict(), before, rtol=0, atol=0)
+
+    def test_a_folded_block_is_reset_to_the_plain_residual(self, variant):
+        block = randomize(self.make(self.variants[variant][0]))
+        if getattr(block, "w", None) is None:
+            return
+        self.fold(block, nn.Linear(D, D))
+        block.reset_parameters()
+        xs, fx = self.inputs((4, D))
+        assert torch.equal(self.call(block, xs, fx), xs[-1] + fx)
 
     def test_weights_of_a_folded_model_do_not_load_into_one_that_is_not(self, variant):
         options, _ = self.variants[variant]
