@@ -25,12 +25,18 @@ AFFINE += (nn.SyncBatchNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 INITS = ("xavier", "orthogonal")
 
 
+def add_scaled(y: Tensor, weight: Tensor, t: Tensor) -> Tensor:
+    """y + weight · t."""
+    # In one pass, unless autocast on a GPU might lift several dtypes to float32 for it, and keep the copies.
+    return torch.addcmul(y, weight, t) if t.is_cpu or y.dtype == weight.dtype == t.dtype else y + weight * t
+
+
 def weighted_sum(alpha: Tensor | None, t: Tensor, beta: Tensor, x: Tensor) -> Tensor:
     """α t + β x, with the dtype of t + x; α is None where it is in t already."""
     dtype = torch.promote_types(t.dtype, x.dtype)
     if alpha is None:
-        return torch.addcmul(t.to(dtype), beta, x).to(dtype)
-    return torch.addcmul(beta * x.to(dtype), alpha, t).to(dtype)
+        return add_scaled(t.to(dtype), beta, x).to(dtype)
+    return add_scaled(beta * x.to(dtype), alpha, t).to(dtype)
 
 
 class Recompute(torch.autograd.Function):
@@ -59,7 +65,7 @@ class Recompute(torch.autograd.Function):
 
 def recoverable(alpha: Tensor | None, beta: Tensor, dtype: torch.dtype) -> bool:
     """Whether α is learned and large enough, and the dtype exact enough, to have t back from α t + β x."""
-    if torch.compiler.is_compiling() or alpha is None or not alpha.requires_grad:
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or alpha is None or not alpha.requires_grad:
         return False
     try:
         return dtype in (torch.float32, torch.float64) and bool((8 * alpha.abs() > beta.abs()).all())
@@ -104,6 +110,7 @@ class LAuReL_LR(nn.Module):
     Raises:
         ValueError: ``dim`` or ``rank`` below 1, an unknown ``init`` or ``bound``, a ``scale`` that is not positive
             and finite, or shapes that do not fit.
+        TypeError: activations of whole numbers.
 
     Example:
         >>> residual = LAuReL_LR(64, rank=8)
@@ -169,13 +176,12 @@ class LAuReL_LR(nn.Module):
         if self.bound == "single":
             alpha = self.scale * torch.sigmoid(self.w[0])
             return alpha, self.scale - alpha
+        pair = self.w
         if self.bound == "softmax":
-            alpha, beta = self.scale * torch.softmax(self.w, dim=0)
+            pair = self.scale * torch.softmax(self.w, dim=0)
         elif self.bound == "sigmoid":
-            alpha, beta = self.scale * torch.sigmoid(self.w)
-        else:
-            alpha, beta = self.w
-        return alpha, beta
+            pair = self.scale * torch.sigmoid(self.w)
+        return pair[0], pair[1]  # a sharded pair can be indexed, not unpacked
 
     @property
     def alpha(self) -> Tensor | None:
@@ -201,6 +207,8 @@ class LAuReL_LR(nn.Module):
             raise ValueError(f"x and fx must have the same shape, got {tuple(x.shape)} and {tuple(fx.shape)}")
         if not -x.ndim <= self.channel_dim < x.ndim or x.shape[self.channel_dim] != self.dim:
             raise ValueError(f"x must have dim={self.dim} at channel_dim={self.channel_dim}, got {tuple(x.shape)}")
+        if not (x.is_floating_point() or x.is_complex()):
+            raise TypeError(f"x must be floating-point or complex numbers, got {x.dtype}")
         alpha, beta = self.weights()
         dtype = torch.promote_types(x.dtype, fx.dtype)
         u = F.linear(x.movedim(self.channel_dim, -1), self.A.to(x.dtype))  # A x, (…, r)
@@ -237,7 +245,7 @@ def fold(block: LAuReL_LR, layer: nn.Module) -> None:
 
     Raises:
         TypeError: another kind of layer, such as an activation, through which α can't be moved, or a weight that is
-            computed anew at each call, as with torch.nn.utils.parametrize.
+            not the layer's own: sharded, quantised, pruned, parametrized. Fold first.
         ValueError: a block without α.
 
     Example:
@@ -250,9 +258,11 @@ def fold(block: LAuReL_LR, layer: nn.Module) -> None:
     """
     params = [p for p in (getattr(layer, "weight", None), getattr(layer, "bias", None)) if p is not None]
     affine = type(layer).forward in [kind.forward for kind in AFFINE]  # a subclass with its own may do more
-    if not affine or layer.weight is None or not all(isinstance(p, nn.Parameter) for p in params):
+    if not affine or layer.weight is None or not all(type(p) is nn.Parameter for p in params):
         allowed = ", ".join(kind.__name__ for kind in AFFINE)
-        raise TypeError(f"layer must be one of {allowed} with a weight of its own, got {layer}")
+        raise TypeError(f"layer must be one of {allowed} with a plain parameter as its weight, got {layer}")
+    if block.w is not None and type(block.w) is not nn.Parameter:
+        raise TypeError(f"w must be a plain parameter, got a {type(block.w).__name__}")
     alpha, beta = block.weights()
     if alpha is None:
         raise ValueError("block has no α: it has no residual weights, or was folded before")

@@ -28,12 +28,18 @@ AFFINE += (nn.SyncBatchNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 INITS = ("xavier", "orthogonal")
 
 
+def add_scaled(y: Tensor, weight: Tensor, t: Tensor) -> Tensor:
+    """y + weight · t."""
+    # In one pass, unless autocast on a GPU might lift several dtypes to float32 for it, and keep the copies.
+    return torch.addcmul(y, weight, t) if t.is_cpu or y.dtype == weight.dtype == t.dtype else y + weight * t
+
+
 def weighted_sum(alpha: Tensor | None, t: Tensor, beta: Tensor, x: Tensor) -> Tensor:
     """α t + β x, with the dtype of t + x; α is None where it is in t already."""
     dtype = torch.promote_types(t.dtype, x.dtype)
     if alpha is None:
-        return torch.addcmul(t.to(dtype), beta, x).to(dtype)
-    return torch.addcmul(beta * x.to(dtype), alpha, t).to(dtype)
+        return add_scaled(t.to(dtype), beta, x).to(dtype)
+    return add_scaled(beta * x.to(dtype), alpha, t).to(dtype)
 
 
 class Recompute(torch.autograd.Function):
@@ -62,7 +68,7 @@ class Recompute(torch.autograd.Function):
 
 def recoverable(alpha: Tensor | None, beta: Tensor, dtype: torch.dtype) -> bool:
     """Whether α is learned and large enough, and the dtype exact enough, to have t back from α t + β x."""
-    if torch.compiler.is_compiling() or alpha is None or not alpha.requires_grad:
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or alpha is None or not alpha.requires_grad:
         return False
     try:
         return dtype in (torch.float32, torch.float64) and bool((8 * alpha.abs() > beta.abs()).all())
@@ -127,6 +133,7 @@ class LAuReL_PA(nn.Module):
     Raises:
         ValueError: ``dim``, ``k`` or ``rank`` below 1, an unknown ``init`` or ``bound``, a ``scale`` that is not
             positive and finite, ``xs`` that is empty or no list, or shapes that do not fit.
+        TypeError: activations of whole numbers.
 
     Example:
         >>> residual = LAuReL_PA(64, k=3, rank=8)
@@ -202,13 +209,12 @@ class LAuReL_PA(nn.Module):
         if self.bound == "single":
             alpha = self.scale * torch.sigmoid(self.w[0])
             return alpha, self.scale - alpha
+        pair = self.w
         if self.bound == "softmax":
-            alpha, beta = self.scale * torch.softmax(self.w, dim=0)
+            pair = self.scale * torch.softmax(self.w, dim=0)
         elif self.bound == "sigmoid":
-            alpha, beta = self.scale * torch.sigmoid(self.w)
-        else:
-            alpha, beta = self.w
-        return alpha, beta
+            pair = self.scale * torch.sigmoid(self.w)
+        return pair[0], pair[1]  # a sharded pair can be indexed, not unpacked
 
     @property
     def alpha(self) -> Tensor | None:
@@ -243,6 +249,8 @@ class LAuReL_PA(nn.Module):
             )
         if not -x.ndim <= self.channel_dim < x.ndim or x.shape[self.channel_dim] != self.dim:
             raise ValueError(f"xs must have dim={self.dim} at channel_dim={self.channel_dim}, got {tuple(x.shape)}")
+        if not (x.is_floating_point() or x.is_complex()):
+            raise TypeError(f"the activations must be floating-point or complex numbers, got {x.dtype}")
         alpha, beta = self.weights()
         dtype = torch.promote_types(x.dtype, fx.dtype)
         gamma = self.gamma[: len(xs)]
@@ -252,21 +260,21 @@ class LAuReL_PA(nn.Module):
         factor = 1 if beta is None else beta / alpha if recompute else beta
         if self.rank is None:  # x_i + Σ γ_j x_{i-j} = (1 + γ_0) x_i + γ_1 x_{i-1} + …
             if beta is None:
-                y = torch.addcmul(fx, 1 + gamma[0], x)
+                y = add_scaled(fx, 1 + gamma[0], x)
             else:
                 y = fx if recompute else weighted_sum(alpha, fx, beta * (1 + gamma[0]), x)
             for weight, each in zip((factor * gamma).unbind()[1:], xs[1:]):
-                y = torch.addcmul(y, weight, each)
+                y = add_scaled(y, weight, each)
             y = y.to(dtype)  # an earlier activation may be float32 where x_i and f(x_i) are bfloat16
             return Recompute.apply(alpha, y, beta * (1 + gamma[0]), x) if recompute else y
 
         # γ and β are multiplied into what is small, A x and B: no weighted activation is kept for the backward pass.
-        A = [self.A] * len(xs) if self.shared else self.A
+        A = [self.A] * len(xs) if self.shared else self.A[: len(xs)]
         us = [F.linear(each.movedim(self.channel_dim, -1), a.to(each.dtype)) for each, a in zip(xs, A)]  # (…, r) each
         if self.shared:
             u = gamma[0] * us[0]  # (…, r)
             for weight, each in zip(gamma.unbind()[1:], us[1:]):
-                u = torch.addcmul(u, weight, each)
+                u = add_scaled(u, weight, each)
             B = factor * self.B
         else:
             u = torch.cat(us, dim=-1)  # (…, kr)
@@ -302,7 +310,7 @@ def fold(block: LAuReL_PA, layer: nn.Module) -> None:
 
     Raises:
         TypeError: another kind of layer, such as an activation, through which α can't be moved, or a weight that is
-            computed anew at each call, as with torch.nn.utils.parametrize.
+            not the layer's own: sharded, quantised, pruned, parametrized. Fold first.
         ValueError: a block without α.
 
     Example:
@@ -315,9 +323,11 @@ def fold(block: LAuReL_PA, layer: nn.Module) -> None:
     """
     params = [p for p in (getattr(layer, "weight", None), getattr(layer, "bias", None)) if p is not None]
     affine = type(layer).forward in [kind.forward for kind in AFFINE]  # a subclass with its own may do more
-    if not affine or layer.weight is None or not all(isinstance(p, nn.Parameter) for p in params):
+    if not affine or layer.weight is None or not all(type(p) is nn.Parameter for p in params):
         allowed = ", ".join(kind.__name__ for kind in AFFINE)
-        raise TypeError(f"layer must be one of {allowed} with a weight of its own, got {layer}")
+        raise TypeError(f"layer must be one of {allowed} with a plain parameter as its weight, got {layer}")
+    if block.w is not None and type(block.w) is not nn.Parameter:
+        raise TypeError(f"w must be a plain parameter, got a {type(block.w).__name__}")
     alpha, beta = block.weights()
     if alpha is None:
         raise ValueError("block has no α: it has no residual weights, or was folded before")

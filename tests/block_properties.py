@@ -8,7 +8,10 @@ import os
 import shutil
 import subprocess
 import sys
-from functools import partial
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -16,7 +19,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -69,6 +74,33 @@ def randomize(block: nn.Module) -> nn.Module:
         for p in block.parameters():
             p.copy_(0.5 * torch.randn(p.shape, generator=generator))
     return block
+
+
+BFLOAT16, FLOAT32 = torch.bfloat16, torch.float32
+
+
+@cache
+def has_fake_gpu() -> bool:
+    """Whether this torch has fake tensors on a GPU that is not there; one that has not may abort the process."""
+    probe = "with FakeTensorMode(): torch.zeros(2, device='cuda', requires_grad=True)[0] + 1"
+    imports = "import torch; from torch._subclasses.fake_tensor import FakeTensorMode"
+    return subprocess.run([sys.executable, "-c", f"{imports}\n{probe}"], capture_output=True).returncode == 0
+
+
+@contextmanager
+def gpu_autocast() -> Iterator[None]:
+    """Autocast to bfloat16 on a GPU that need not be there: tensors have shapes and dtypes, and no values."""
+    if not has_fake_gpu():
+        pytest.skip("this torch has fake tensors on a GPU only where there is one")
+    before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    torch.set_autocast_enabled("cuda", True)
+    torch.set_autocast_dtype("cuda", torch.bfloat16)
+    try:
+        with FakeTensorMode(), torch.device("cuda"):
+            yield
+    finally:
+        torch.set_autocast_enabled("cuda", before[0])
+        torch.set_autocast_dtype("cuda", before[1])
 
 
 class Activated(nn.Linear):
@@ -387,6 +419,21 @@ class BlockProperties:
             for name in params:
                 torch.testing.assert_close(by_vmap[name][i], one[name])
 
+    @pytest.mark.parametrize("dtypes", [(BFLOAT16, BFLOAT16), (FLOAT32, BFLOAT16), (FLOAT32, FLOAT32)], ids=str)
+    def test_autocast_on_a_gpu_lifts_nothing_to_float32(self, variant, dtypes):
+        """There addcmul takes the widest dtype of its arguments, which on a CPU it does not."""
+        kept = []
+        with gpu_autocast():
+            block = self.make(self.variants[variant][0])
+            xs = [torch.empty(4, D, dtype=dtypes[0], requires_grad=True) for _ in range(4)]
+            fx = torch.empty(4, D, dtype=dtypes[1], requires_grad=True)
+            with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+                y = self.call(block, xs, fx)
+        assert y.is_cuda
+        assert y.dtype == dtypes[0]
+        kept = {id(t): t for t in kept if t.shape == fx.shape and t.dtype == FLOAT32}
+        assert not [t for t in kept.values() if all(t is not each for each in (*xs, fx, y))]
+
     def test_works_for_an_ensemble_under_vmap(self, variant):
         """Gradients of several models by vmap over their parameters are those of the models one by one."""
         blocks = [self.make(self.variants[variant][0]) for _ in range(3)]
@@ -470,6 +517,28 @@ class BlockProperties:
             with pytest.raises(ValueError, match=sizes):
                 self.call(self.make(options, channel_dim), [torch.zeros(x_shape)], torch.zeros(fx_shape))
 
+    @pytest.mark.parametrize("dtype", [torch.uint8, torch.bool], ids=str)
+    def test_whole_numbers_are_added_right_or_refused(self, variant, dtype):
+        """A and B would be rounded to them."""
+        block = randomize(self.make(self.variants[variant][0]))
+        xs, fx = self.inputs((4, D))
+        whole = [(3 * x).to(dtype) for x in xs]
+        if self.module == "LAuReL":
+            y = self.call(block, whole, fx)
+            torch.testing.assert_close(y, self.call(block, [x.to(fx.dtype) for x in whole], fx))
+            return
+        with pytest.raises(TypeError, match=str(dtype)):
+            self.call(block, whole, fx)
+
+    def test_is_traced(self, variant):
+        block = randomize(self.make(self.variants[variant][0]))
+        xs, fx = self.inputs((4, D))
+        args = (xs if self.takes_history else xs[-1], fx)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it is deprecated, and that shapes become constants
+            traced = torch.jit.trace(block, args)
+        torch.testing.assert_close(traced(*args), block(*args))
+
     def fold(self, block: nn.Module, layer: nn.Module) -> None:
         importlib.import_module(self.module).fold(block, layer)
 
@@ -504,6 +573,7 @@ class BlockProperties:
             Activated(D, D),
             nn.utils.parametrizations.weight_norm(nn.Linear(D, D)),
             nn.utils.parametrize.register_parametrization(nn.Linear(D, D), "bias", nn.Tanh()),
+            prune.l1_unstructured(nn.Linear(D, D), "bias", 0.3),
         ],
         ids=repr,
     )
@@ -512,6 +582,15 @@ class BlockProperties:
         with pytest.raises(TypeError, match=r"(?s)Linear.*LayerNorm.*got"):
             self.fold(block, layer)
         torch.testing.assert_close(layer.state_dict(), before, rtol=0, atol=0)
+
+    def test_pruned_weights_are_not_folded(self, variant):
+        """Pruning would bring w back."""
+        block = self.make(self.variants[variant][0])
+        if getattr(block, "w", None) is None:
+            return
+        prune.identity(block, "w")
+        with pytest.raises(TypeError, match="w must be a plain parameter"):
+            self.fold(block, nn.Linear(D, D))
 
     def test_a_folded_block_is_reset_to_the_plain_residual(self, variant):
         block = randomize(self.make(self.variants[variant][0]))

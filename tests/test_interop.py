@@ -20,7 +20,7 @@ from block_properties import randomize
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from LAuReL import LAuReL
+from LAuReL import LAuReL, fold
 
 LAuReL_LR = importlib.import_module("LAuReL-LR").LAuReL_LR
 LAuReL_PA = importlib.import_module("LAuReL-PA").LAuReL_PA
@@ -644,9 +644,51 @@ def orthogonal() -> nn.Sequential:
     return nn.Sequential(*blocks, *(LAuReL_PA(D, rank=R, init="orthogonal", shared=shared) for shared in (True, False)))
 
 
+def sharded_weights() -> dict[str, list[Tensor]]:
+    """α and β that are looked at where a process has a share of them."""
+    from torch.distributed.fsdp import fully_shard
+
+    found = {}
+    for bound in ("softmax", "sigmoid", "single", "none"):
+        blocks = nn.Sequential(LAuReL(dim=D, bound=bound), LAuReL_LR(D, R, residual_weights=True, bound=bound))
+        for block in blocks:
+            fully_shard(block, mesh=dist.init_device_mesh("cpu", (2,)))
+            found[f"{type(block).__name__}, {bound}"] = [w.full_tensor().detach() for w in (block.alpha, block.beta)]
+    return found
+
+
+def fold_sharded() -> str:
+    model = shard(trained(list(ALL_KINDS)))
+    block = next(module for module in model.modules() if isinstance(module, LAuReL))
+    with pytest.raises(TypeError, match="layer must be one of"):
+        fold(LAuReL(), next(module for module in model.modules() if type(module) is nn.Linear))
+    with pytest.raises(TypeError) as error:
+        fold(block, nn.Linear(D, D))
+    return str(error.value)
+
+
+def replicated() -> list[Tensor]:
+    """The gradients of a PA whose parameters and activations are DTensors, and have a process each of them."""
+    from torch.distributed.tensor import distribute_module, distribute_tensor
+
+    mesh = dist.init_device_mesh("cpu", (2,))
+    block = distribute_module(few(), mesh)
+    x = distribute_tensor(torch.ones(4, D), mesh)
+    block([x], x).square().sum().backward()
+    return [p.grad.full_tensor() for p in block.parameters()]
+
+
+def few() -> nn.Module:
+    torch.manual_seed(0)
+    block = LAuReL_PA(D, k=3, rank=R, shared=False)
+    nn.init.normal_(block.B)
+    return block
+
+
 def work(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
-    results = {"start": whole(start_sharded().state_dict())}
+    results = {"start": whole(start_sharded().state_dict()), "weights": sharded_weights(), "fold": fold_sharded()}
+    results["replicated"] = replicated()
     for recompute in (False, True):
         model = shard(trained(list(ALL_KINDS), recompute=recompute).double())
         loss = train(model, images(8).double()[4 * rank : 4 * rank + 4])
@@ -683,3 +725,21 @@ def test_trains_sharded_in_two_processes_as_in_one(recompute, two_processes):
 def test_starts_sharded_as_it_starts_whole(two_processes):
     for name, p in orthogonal().state_dict().items():
         assert torch.equal(two_processes["start"][name], p), name
+
+
+def test_weights_can_be_looked_at_where_they_are_sharded(two_processes):
+    assert len(two_processes["weights"]) == 8
+    for weights in two_processes["weights"].values():
+        for each in weights:
+            assert torch.equal(each, torch.ones_like(each))
+
+
+def test_a_sharded_block_is_not_folded(two_processes):
+    """FSDP2 would bring w back, and α would be applied twice."""
+    assert "w must be a plain parameter, got a DTensor" in two_processes["fold"]
+
+
+def test_dtensors_through_fewer_activations_than_k(two_processes):
+    block, x = few(), torch.ones(4, D)
+    block([x], x).square().sum().backward()
+    torch.testing.assert_close(two_processes["replicated"], [p.grad for p in block.parameters()])
