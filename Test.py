@@ -20,10 +20,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import accumulate
@@ -93,12 +93,25 @@ class Model:
         arguments = dict(given)
         if len(arguments) < len(given) or (rank and "rank" in arguments):
             raise argparse.ArgumentTypeError(f"{name!r} sets an argument twice")
+        low_rank = ("lr" in base or "pa" in base) and "rank" not in arguments
+        effective = {
+            "dim": base == "rw",
+            "rank": "pa" in base,
+            "shared": "pa" in base and low_rank,
+            "bound": "rw" in base,
+            "init": low_rank,
+            "scale": "rw" in base and arguments.get("bound") != "none",
+            "decay": base not in ("residual", "deeper"),
+        }
+        for each in arguments:
+            if not effective[each]:
+                raise argparse.ArgumentTypeError(f"{name!r}: {each} would have no effect")
         decay = arguments.pop("decay", 0.0)
         model = Model(name, base, int(rank) if rank else None, int(k or 3), arguments, decay)
         try:
-            if rest and not list(model.residual(8, available=1, channel_dim=1).parameters()):
-                raise ValueError(f"{base} has no arguments")
-        except (TypeError, ValueError) as error:
+            with torch.device("meta"):  # which draws no random numbers
+                model.residual(8, available=1, channel_dim=1)
+        except ValueError as error:
             raise argparse.ArgumentTypeError(f"{name!r}: {error}") from None
         return model
 
@@ -153,7 +166,8 @@ class Residual(nn.Module):
 
 
 # Every network has `stages`, each with its `branches` f and its `residuals`. All models share f: the same layers with
-# the same initial weights for a seed. A residual connection draws its random numbers apart, so it shifts none of f's.
+# the same initial weights for a seed. A residual connection draws its random numbers apart, so it shifts none of f's:
+# with seed 1000 · seed + 100 · stage + layer, the layer counted from 1, and `deeper`'s further layer with 999.
 
 
 class SmallCNN(nn.Module):
@@ -171,7 +185,7 @@ class SmallCNN(nn.Module):
 
     def __init__(self, model: Model, seed: int, data: TrainUtil.Data, widths: tuple[int, ...] = (32, 64, 128)) -> None:
         super().__init__()
-        with seeded(seed):
+        with TrainUtil.seeded(seed):
             self.whitening = nn.Conv2d(3, 16, kernel_size=2, bias=False)
             self.whitening.weight = nn.Parameter(whitening_filters(data), requires_grad=False)
             self.stages = nn.ModuleList()
@@ -183,7 +197,7 @@ class SmallCNN(nn.Module):
                 channels = width
             self.classifier = nn.Linear(channels, data.classes)
         if model.base == "deeper":
-            with seeded(1000 * seed + 999):
+            with TrainUtil.seeded(1000 * seed + 999):
                 self.stages[1].deepen(self.branch(widths[1]))
 
     @staticmethod
@@ -211,7 +225,7 @@ class ResNet(nn.Module):
 
     def __init__(self, model: Model, seed: int, data: TrainUtil.Data, n: int = 3) -> None:
         super().__init__()
-        with seeded(seed):
+        with TrainUtil.seeded(seed):
             self.stem = nn.Sequential(conv(3, 16), nn.BatchNorm2d(16), nn.ReLU())
             self.stages = nn.ModuleList()
             channels = 16
@@ -222,7 +236,7 @@ class ResNet(nn.Module):
                 channels = width
             self.classifier = nn.Linear(channels, data.classes)
         if model.base == "deeper":
-            with seeded(1000 * seed + 999):
+            with TrainUtil.seeded(1000 * seed + 999):
                 self.stages[1].deepen(self.branch(self.widths[1], self.widths[1]))
 
     @staticmethod
@@ -255,7 +269,7 @@ class Stage(nn.Module):
         super().__init__()
         self.down, self.branches, self.residuals = down, nn.ModuleList(branches), nn.ModuleList()
         for i in range(len(branches)):
-            with seeded(seed + i):
+            with TrainUtil.seeded(seed + i):
                 self.residuals.append(model.residual(width, available=i + 1, **{"channel_dim": 1, **options}))
 
     def deepen(self, *branches: nn.Sequential) -> None:
@@ -304,12 +318,12 @@ class ImageNetResNet(torchvision.models.ResNet):
         block: type[BasicBlock | Bottleneck] = Bottleneck,
         layers: tuple[int, ...] = (3, 4, 6, 3),
     ) -> None:
-        with seeded(seed):
+        with TrainUtil.seeded(seed):
             super().__init__(block, layers, num_classes=data.classes)
         for i, name in enumerate(("layer1", "layer2", "layer3", "layer4")):
             setattr(self, name, BlockStage(getattr(self, name), model, 1000 * seed + 100 * i + 1))
         if model.base == "deeper":
-            with seeded(1000 * seed + 999):
+            with TrainUtil.seeded(1000 * seed + 999):
                 self.layer3.deepen(block(256 * block.expansion, 256))
 
     @property
@@ -324,7 +338,7 @@ class BlockStage(nn.Sequential):
         super().__init__(*blocks)
         width = self.last_layers()[0].num_features
         for i, block in enumerate(self):
-            with seeded(seed + i):
+            with TrainUtil.seeded(seed + i):
                 block.residual = model.residual(width, available=i + 1, channel_dim=1)
 
     def deepen(self, block: BasicBlock | Bottleneck) -> None:
@@ -374,7 +388,7 @@ def transformer_layer(dim: int, causal: bool) -> tuple[nn.Sequential, nn.Sequent
 class ViT(nn.Module):
     """A pre-norm vision transformer (Dosovitskiy et al. 2021) for small images: D = 128, 6 layers, 2 heads.
 
-    Patches of 4×4 pixels, 16×16 of them in images above 64×64 pixels → linear, learned position → layers with two
+    Patches of 4×4 pixels, about 16×16 of them in images above 64×64 pixels → linear, learned position → layers with two
     residual connections each, around attention and MLP → LayerNorm → mean over the patches → linear classifier. Smaller
     images than the data's take the means of the positions over areas. `deeper` has one more layer, at the end.
     """
@@ -383,7 +397,7 @@ class ViT(nn.Module):
         super().__init__()
         self.patch = max(4, data.size // 16)
         grid = data.size // self.patch
-        with seeded(seed):
+        with TrainUtil.seeded(seed):
             self.embedding = nn.Linear(3 * self.patch**2, dim)
             self.position = nn.Parameter(0.02 * torch.randn(dim, grid, grid))
             branches = [branch for _ in range(layers) for branch in transformer_layer(dim, causal=False)]
@@ -391,18 +405,18 @@ class ViT(nn.Module):
         stage = Stage(nn.Identity(), branches, dim, model, 1000 * seed + 1, channel_dim=-1)
         self.stages = nn.ModuleList([stage])
         if model.base == "deeper":
-            with seeded(1000 * seed + 999):
+            with TrainUtil.seeded(1000 * seed + 999):
                 stage.deepen(*transformer_layer(dim, causal=False))
 
     def forward(self, x: Tensor) -> Tensor:
         position = TrainUtil.resize(self.position, x.shape[-1] // self.patch).flatten(1)  # (D, patches)
-        patches = F.unfold(x, self.patch, stride=self.patch)  # (N, 3 · 4 · 4, patches)
+        patches = F.unfold(x, self.patch, stride=self.patch)  # (N, 3 · patch², patches)
         x = self.embedding(patches.transpose(1, 2)) + position.T
         return self.head(self.stages[0](x).mean(dim=1))
 
 
 class GPT(nn.Module):
-    """A pre-norm transformer (…, length) → (…, length, 256 logits), whose costs `--profile` sets beside table 5's.
+    """A pre-norm transformer (N, length) → (N, length, 256 logits), whose costs `--profile` sets beside table 5's.
 
     Each layer has two residual connections, around attention with a causal mask and around the MLP. The vocabulary is
     that of bytes, so that embedding and logits hardly add to the costs that the residual connections are compared with.
@@ -411,20 +425,18 @@ class GPT(nn.Module):
 
     vocabulary = 256
 
-    def __init__(
-        self, model: Model, dim: int, layers: int, length: int, recompute: bool = False, seed: int = 0
-    ) -> None:
+    def __init__(self, model: Model, dim: int, layers: int, length: int, recompute: bool = False) -> None:
         super().__init__()
-        with seeded(seed):
+        with TrainUtil.seeded(0):
             self.embedding = nn.Embedding(self.vocabulary, dim)
             self.position = nn.Parameter(0.02 * torch.randn(length, dim))
             branches = [branch for _ in range(layers) for branch in transformer_layer(dim, causal=True)]
             self.head = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, self.vocabulary, bias=False))
         options = {"channel_dim": -1, "rank": 32, "pa_rank": None, "recompute": recompute}
-        stage = Stage(nn.Identity(), branches, dim, model, 1000 * seed + 1, **options)
+        stage = Stage(nn.Identity(), branches, dim, model, seed=1, **options)
         self.stages = nn.ModuleList([stage])
         if model.base == "deeper":
-            with seeded(1000 * seed + 999):
+            with TrainUtil.seeded(999):
                 stage.deepen(*transformer_layer(dim, causal=True))
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -444,8 +456,9 @@ def residual_layers(
     """
     xs = [shortcut]
     for f, residual in zip(branches, residuals):
-        x = activation(residual(xs if isinstance(residual, LAuReL_PA) else xs[-1], f(x)))
-        xs.append(x)
+        history = isinstance(residual, LAuReL_PA)
+        x = activation(residual(xs if history else xs[-1], f(x)))
+        xs = [*xs, x] if history else [x]  # without need no activation is kept at inference
     return x
 
 
@@ -491,24 +504,16 @@ def learned(network: nn.Module) -> dict[str, dict[str, float]]:
     return values
 
 
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Random numbers from the seed within, and none taken from the stream around."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        yield
-
-
-def whitening_filters(data: TrainUtil.Data, n: int = 16) -> Tensor:
-    """n filters (n, 3, 2, 2): ± the n/2 main principal axes of the images' 2×2 patches, scaled to unit variance.
+def whitening_filters(data: TrainUtil.Data) -> Tensor:
+    """16 filters (16, 3, 2, 2): ± the 8 main principal axes of the images' 2×2 patches, scaled to unit variance.
 
     All twelve axes were no better on the held-out images, and the convolution that follows is the most expensive one.
     """
     n_images = 5000 * 32**2 // data.size**2
     patches = F.unfold(data.normalize(data.sample(n_images)), kernel_size=2, stride=2)  # (N, 12, patches)
-    patches = patches.transpose(0, 1).flatten(1)  # (12, N · 256)
+    patches = patches.transpose(0, 1).flatten(1)  # (12, N · patches)
     variance, axes = torch.linalg.eigh(patches @ patches.T / patches.shape[1])  # ascending
-    filters = (axes / (variance + 5e-4).sqrt()).T.reshape(12, 3, 2, 2)[-n // 2 :]
+    filters = (axes / (variance + 5e-4).sqrt()).T.reshape(12, 3, 2, 2)[-8:]
     return torch.cat([filters, -filters])
 
 
@@ -637,7 +642,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             parser.error("torchrun works with --device cpu and cuda, not with mps")
         if options.device.type == "cuda":
             options.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    if options.device.index is not None:
+    if options.device.type == "cuda" and options.device.index is not None:
         torch.cuda.set_device(options.device)
     options.out = options.out or Path("runs") / time.strftime("%Y-%m-%d-%H%M%S")
     # Another number of threads adds up in another order: numbers are the same to the bit for the same --threads alone.
@@ -714,8 +719,8 @@ class Monitor:
             text += f", accuracy {100 * history[-1]['test_accuracy']:.2f} %"
         text += f", {images / seconds:.0f} images/s"
         if done > self.before:
-            left = (time.perf_counter() - self.start) * (len(self.done) - done) / (done - self.before)
-            text += f", {left // 60:.0f}:{left % 60:02.0f} min left"
+            left = round((time.perf_counter() - self.start) * (len(self.done) - done) / (done - self.before))
+            text += f", {left // 60}:{left % 60:02} min left"
         self.bar.update(self.task, completed=done, description=text)
         if self.plain and epoch_ended:
             print(text, flush=True)
@@ -781,11 +786,9 @@ def paired_test(mine: Sequence[float] = (), base: Sequence[float] = ()) -> dict:
 
 def holm(ps: list[float]) -> list[float]:
     """p-values corrected for being several (Holm 1979), which SciPy does not have."""
-    corrected, largest = [0.0] * len(ps), 0.0
-    for rank, i in enumerate(sorted(range(len(ps)), key=ps.__getitem__)):
-        largest = max(largest, min(1.0, (len(ps) - rank) * ps[i]))
-        corrected[i] = largest
-    return corrected
+    order = sorted(range(len(ps)), key=ps.__getitem__)
+    corrected = accumulate((min(1.0, (len(ps) - rank) * ps[i]) for rank, i in enumerate(order)), max)
+    return [p for _, p in sorted(zip(order, corrected))]
 
 
 def spread(values: list[float], form: str) -> str:
@@ -793,7 +796,7 @@ def spread(values: list[float], form: str) -> str:
     if not values:
         return "–"
     text = format(statistics.mean(values), form)
-    return text if len(values) == 1 else f"{text} ± {statistics.stdev(values):{form.lstrip('+')}}"
+    return text if len(values) == 1 else f"{text} ± {statistics.stdev(values):{form}}"
 
 
 def title(config: dict) -> str:
@@ -813,7 +816,7 @@ def title(config: dict) -> str:
 
 def table(config: dict, runs: list[dict]) -> Table:
     several, against = config["seeds"] > 1, config["against"]
-    result = Table("model", title=title(config), box=rich.box.MARKDOWN)
+    result = Table("model", title=escape(title(config)), box=rich.box.MARKDOWN)
     columns = ["parameters", "added %", "test accuracy %", f"difference to {against}"]
     columns += ["95 % interval", "p (Holm)", "significant", "s.d. of differences", "if not paired"] * several
     for name in columns + ["training s", "images/s"] + ["compilation s"] * config["compile"]:
@@ -1047,11 +1050,11 @@ def networks(options: argparse.Namespace) -> Iterator[tuple[str, list[dict]]]:
 def measure(models: dict[str, nn.Module], example: Callable, batch: int, options: argparse.Namespace) -> list[dict]:
     """An entry a model; example(n) gives n inputs and their labels."""
     device = options.device
-    without = {f"{name}, folded": folded(model.eval()) for name, model in models.items() if name.startswith("rw")}
-    without = {name: model for name, model in without.items() if model is not None and "recompute" not in name}
-    for model in (*models.values(), *without.values()):
+    weighted = [name for name in models if name.startswith("rw") and "recompute" not in name]
+    without = {f"{name}, folded": folded(models[name]) for name in weighted}
+    every = models | {name: model for name, model in without.items() if model}  # the latter for inference alone
+    for model in every.values():
         model.train().to(device, memory_format=torch.channels_last)
-    every = models | without  # the latter for inference alone
     called = TrainUtil.compiled(every) if options.compile else every
     x, y = (tensor.to(device) for tensor in example(batch))
 
@@ -1069,16 +1072,14 @@ def measure(models: dict[str, nn.Module], example: Callable, batch: int, options
         with TrainUtil.autocast(device, options.precision):
             model(x)
 
-    costs = [
-        {
-            "model": name,
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "flops": TrainUtil.flops(partial(step, model)) if name in models else None,
-            "saved_bytes": TrainUtil.saved_bytes(model, partial(loss, called[name])) if name in models else None,
-            "peak_bytes": TrainUtil.peak_bytes(model, partial(step, called[name]), device) if name in models else None,
-        }
-        for name, model in every.items()
-    ]
+    costs = []
+    for name, model in every.items():
+        entry = {"model": name, "parameters": sum(p.numel() for p in model.parameters())}
+        costs.append(entry | {"flops": None, "saved_bytes": None, "peak_bytes": None})
+        if name in models:
+            costs[-1]["flops"] = TrainUtil.flops(partial(step, model))
+            costs[-1]["saved_bytes"] = TrainUtil.saved_bytes(model, partial(loss, called[name]))
+            costs[-1]["peak_bytes"] = TrainUtil.peak_bytes(model, partial(step, called[name]), device)
     steps = {name: partial(step, called[name]) for name in models}
     times = {"step_seconds": TrainUtil.interleave(steps, options.seconds, device)}
     for model in every.values():
@@ -1316,10 +1317,10 @@ def work(i: int, *pair_and_settings) -> dict:
     """train_one in a process of --parallel, which reports to the other one once a second and once an epoch."""
     sent = {"epochs": -1, "at": 0.0}
 
-    def report(work: float, images: int, seconds: float, history: list[dict]) -> None:
+    def report(part: float, images: int, seconds: float, history: list[dict]) -> None:
         if len(history) > sent["epochs"] or time.monotonic() > sent["at"] + 1:
             sent.update(epochs=len(history), at=time.monotonic())
-            worker_reports.put((i, work, images, seconds, history))
+            worker_reports.put((i, part, images, seconds, history))
 
     return train_one(*pair_and_settings, report)
 
@@ -1355,7 +1356,7 @@ def recipe_for(options: argparse.Namespace, data: TrainUtil.Data) -> TrainUtil.R
 def compare(options: argparse.Namespace) -> int:
     runs: dict[tuple[str, int], dict] = {}
     left: dict[int, tuple[Model, int]] | None = None
-    code = 0
+    code, again = 0, f"The same command with --out {options.out} goes on."
 
     def in_order() -> list[dict]:
         return sorted(runs.values(), key=lambda run: (run["seed"], config["models"].index(run["model"])))
@@ -1374,10 +1375,7 @@ def compare(options: argparse.Namespace) -> int:
             }
             commit = config["git_commit"]
             runs = {(run["model"], run["seed"]): run for run in earlier_runs(options, config)}
-            if options.against not in (None, *config["models"]):
-                raise RefusedError(
-                    f"--against {options.against} must be one of the models: {', '.join(config['models'])}"
-                )
+            check_against(options.against, config["models"])
             tidy(options.out, in_order())
             write_results(options.out, config, in_order())  # no checkpoint without the options that it belongs to
             (options.out / "checkpoints").mkdir(exist_ok=True)
@@ -1404,20 +1402,20 @@ def compare(options: argparse.Namespace) -> int:
         print(error, file=sys.stderr)
     except RunError as error:
         code = 1
-        print(
-            f"{error}. What has finished is kept: the same command with --out {options.out} goes on.", file=sys.stderr
-        )
+        print(f"{error}. What has finished is kept. {again}", file=sys.stderr)
     except OSError as error:
         code = 1
         where, what = error.filename or options.out, error.strerror or error
-        print(f"{where}: {what}. The same command with --out {options.out} goes on.", file=sys.stderr)
+        print(f"{where}: {what}. {again}", file=sys.stderr)
     except KeyboardInterrupt:
         code = 130
-        print(
-            f"Interrupted: {len(runs)} runs have finished. The same command with --out {options.out} goes on.",
-            file=sys.stderr,
-        )
+        print(f"Interrupted: {len(runs)} runs have finished. {again}", file=sys.stderr)
     return show(options.out, config, in_order()) or code if runs else code
+
+
+def check_against(against: str | None, models: Iterable[str]) -> None:
+    if against not in (None, *models):
+        raise RefusedError(f"--against {against} must be one of the models: {', '.join(models)}")
 
 
 def facts(options: argparse.Namespace, data: TrainUtil.Data) -> dict:
@@ -1451,9 +1449,7 @@ def redraw(options: argparse.Namespace) -> int:
         config, runs = read_results(options.draw)
         if not runs:
             raise RefusedError(f"--draw {options.draw}: no run has finished yet")
-        models = dict.fromkeys(run["model"] for run in runs)
-        if options.against not in (None, *models):
-            raise RefusedError(f"--against {options.against} must be one of the models: {', '.join(models)}")
+        check_against(options.against, dict.fromkeys(run["model"] for run in runs))
     except RefusedError as error:
         print(error, file=sys.stderr)
         return 2

@@ -153,7 +153,15 @@ class Dataset:
         """This process's share of the test images."""
         images, labels = share(self.test_images), share(self.test_labels)
         for x, y in zip(images.split(batch_size), labels.split(batch_size)):
-            yield self.normalize(x), y
+            yield self.normalize(x), y.long()
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Random numbers from the seed within, and none taken from the stream around: on the CPU, where all are drawn."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
 
 
 def shuffled(n: int, seed: int, epoch: int) -> tuple[torch.Generator, Tensor]:
@@ -169,7 +177,7 @@ class Images(torch.utils.data.Dataset):
     these depend neither on the process nor on the worker that reads the image.
     """
 
-    def __init__(self, samples: list[tuple[str, int]], transform: v2.Transform, seed: int = 0) -> None:
+    def __init__(self, samples: list[tuple[str, int]], transform: v2.Transform, seed: int) -> None:
         self.samples, self.transform, self.seed = samples, transform, seed
 
     def __len__(self) -> int:
@@ -184,8 +192,7 @@ class Images(torch.utils.data.Dataset):
             return DataError(f"{path} can't be read as an image: {'it is empty' if empty else error}")
         # A hash, as torch takes no more than 32 bits of a seed.
         seed = int.from_bytes(hashlib.sha256(f"{self.seed} {int(i)}".encode()).digest()[:4], "big")
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
+        with seeded(seed):
             return self.transform(image), label
 
     @staticmethod
@@ -195,7 +202,10 @@ class Images(torch.utils.data.Dataset):
 
 @dataclass(frozen=True)
 class Folder:
-    """Images in files, as torchvision's ImageFolder has them: PATH/train/CLASS/NAME.jpg and PATH/val/CLASS/NAME.jpg."""
+    """Images in files, as torchvision's ImageFolder has them: PATH/train/CLASS/NAME.jpg and PATH/val/CLASS/NAME.jpg.
+
+    Has the methods of Dataset; a DataError from those that read images names the file that could not be read.
+    """
 
     name: str
     train: list[tuple[str, int]]  # files and labels, shuffled once
@@ -225,7 +235,7 @@ class Folder:
         return replace(self, name=name, train=self.train[:-n], test=self.train[-n:])
 
     def sample(self, n: int) -> Tensor:
-        return torch.cat([x for x, _ in self.load(self.train[:n], [range(min(n, len(self.train)))])])
+        return torch.cat([x for x, _ in self.load(self.train[:n], [range(min(n, len(self.train)))])]).cpu()
 
     def normalize(self, images: Tensor) -> Tensor:
         return normalize(images, self.statistics)
@@ -306,10 +316,10 @@ def load_cifar(cifar: type[CIFAR10], data_dir: Path) -> Dataset:
     Raises:
         DataError: no source has it.
     """
-    title, cache, variable, classes = KINDS[cifar]
+    title, kept, variable, classes = KINDS[cifar]
     sources: list[tuple[str, Callable[[], dict[str, Tensor]]]] = []
     for folder in dict.fromkeys([data_dir, Path(os.environ.get(variable) or data_dir)]):
-        sources.append((str(folder / cache), partial(read_cache, folder / cache)))
+        sources.append((str(folder / kept), partial(read_cache, folder / kept)))
         sources.append((str(folder / cifar.base_folder), partial(read_batches, cifar, folder / cifar.base_folder)))
         sources.append((str(folder / cifar.filename), partial(read_archive, cifar, folder / cifar.filename)))
     sources += [(url, partial(read_url, cifar, url, data_dir)) for url in ARCHIVE_URLS[cifar]]
@@ -329,10 +339,10 @@ def load_cifar(cifar: type[CIFAR10], data_dir: Path) -> Dataset:
                 tell(f"{title} not from {failed[-1]}")
             continue
         tell(f"{title} from {name}")
-        if not name.endswith(cache):
+        if not name.endswith(kept):
             try:
                 data_dir.mkdir(parents=True, exist_ok=True)
-                with replacing(data_dir / cache) as path:
+                with replacing(data_dir / kept) as path:
                     torch.save(arrays, path)
             except OSError as error:
                 tell(f"It could not be kept for the next time: {error}")
@@ -478,7 +488,7 @@ def shift(images: Tensor, dy: Tensor, dx: Tensor, flip: Tensor | None = None) ->
 
 @cache
 def statistics(name: str, device: torch.device) -> Tensor:
-    """STATISTICS[name]; once a device, as a GPU has to be waited for."""
+    """STATISTICS[name], (2, 3); once a device, as a GPU has to be waited for."""
     return torch.tensor(STATISTICS[name], device=device)
 
 
@@ -631,11 +641,11 @@ class Recipe:
 
     def pixels(self, part: float) -> float:
         """Pixels of an image that the first part of the steps sees, mean over all steps: about what the steps cost."""
-        total, begin = 0.0, 0.0
+        seen, begin = 0.0, 0.0
         for size, until in self.sizes:
-            total += size**2 * max(0.0, min(part, until) - begin)
+            seen += size**2 * max(0.0, min(part, until) - begin)
             begin = until
-        return total
+        return seen
 
     def images(self, n: int) -> int:
         """How many images a run over n training images trains on."""
@@ -678,15 +688,15 @@ def orthogonalize(matrix: Tensor, dtype: torch.dtype = torch.bfloat16, steps: in
 
 def optimizers(model: nn.Module, recipe: Recipe, precision: str = "float32") -> list[torch.optim.Optimizer]:
     """Muon for filters, AdamW for all else. The blocks' own parameters are those of modules named residual(s)."""
-    params = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    filters = [p for p in params.values() if p.ndim == 4]
-    blocks = [p for name, p in params.items() if re.search(r"\bresiduals?\.", name)]
-    taken = {id(p) for p in filters + blocks}
-    others = [p for p in params.values() if id(p) not in taken]
+    filters, blocks, others = [], [], []
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            (blocks if re.search(r"\bresiduals?\.", name) else filters if p.ndim == 4 else others).append(p)
     groups = [{"params": others}, {"params": blocks, "weight_decay": recipe.block_decay}]
     adam = torch.optim.AdamW(groups, recipe.lr, betas=(0.9, 0.95), weight_decay=0.0)
-    muon = partial(Muon, filters, recipe.filter_lr, recipe.filter_momentum, getattr(torch, precision))
-    return [muon(), adam] if filters else [adam]
+    if not filters:
+        return [adam]
+    return [Muon(filters, recipe.filter_lr, recipe.filter_momentum, getattr(torch, precision)), adam]
 
 
 def keep_memory() -> None:
@@ -720,9 +730,8 @@ def default_precision(device: torch.device) -> str:
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        fast = device.type == "cpu" and any(
-            cpu_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")
-        )
+        instructions = ("avx512_bf16", "amx_bf16", "bf16")
+        fast = device.type == "cpu" and any(map(cpu_capabilities().get, instructions))
     return "bfloat16" if fast else "float32"
 
 
@@ -762,6 +771,8 @@ def train(
     part of every batch, and all have the same weights: to float error those of one process that has the whole batch.
 
     Args:
+        precision: "float32" or "bfloat16", by autocast.
+        compile: with torch.compile, before the first step.
         accumulate: in how many parts, one after the other, a batch is trained on, for less memory. Gradients are the
             whole batch's, but for batch norm, which has the statistics of each part.
         checkpoint: a file that is written after every epoch, by the first process. Where it is there already, training
@@ -771,8 +782,12 @@ def train(
 
     Returns:
         epochs, test_accuracy (the last epoch's), diverged (the epoch in which that happened, or None), train_seconds
-        (training alone, without evaluation and compilation), images_per_second, compile_seconds and history (per
-        epoch: train_loss, None where it diverged, test_accuracy, seconds).
+        (training alone, without evaluation and compilation), images_per_second, compile_seconds and history (for each
+        epoch: its number from 1, train_loss, None where it diverged, test_accuracy, 0 to 1, seconds).
+
+    Raises:
+        ValueError: a batch has fewer images than there are processes and parts.
+        DataError: an image of a Folder can't be read.
     """
     device, n = data.device, data.train_size
     rank, world = processes()
@@ -785,7 +800,7 @@ def train(
         synchronize_batch_norm(model)
     call = compiled({"model": model}, accumulate)["model"] if compile else model
     compile_seconds = warm_up(model, call, data, recipe, precision, accumulate, test_batch) if compile else 0.0
-    step = nn.parallel.DistributedDataParallel(call) if world > 1 else call
+    network = nn.parallel.DistributedDataParallel(call) if world > 1 else call
 
     opts = optimizers(model, recipe, precision)
     steps = recipe.epochs * recipe.steps_per_epoch(n)
@@ -811,9 +826,9 @@ def train(
         for x, y in data.batches(recipe, seed, epoch):
             for i, (part, labels) in enumerate(zip(x.tensor_split(accumulate), y.tensor_split(accumulate))):
                 alone = world > 1 and i < accumulate - 1  # gradients are averaged once a batch
-                with step.no_sync() if alone else contextlib.nullcontext():
+                with network.no_sync() if alone else contextlib.nullcontext():
                     with autocast(device, precision):
-                        logits = step(part)
+                        logits = network(part)
                     loss = F.cross_entropy(logits.float(), labels, label_smoothing=recipe.label_smoothing)
                     loss = loss * (len(labels) * world / batch)  # the part's share of the mean over the batch
                     loss.backward()
@@ -897,27 +912,31 @@ def compiled(models: dict[str, nn.Module], accumulate: int = 1) -> dict[str, Cal
 
 def warm_up(
     model: nn.Module,
-    step: Callable,
+    network: Callable,
     data: Data,
     recipe: Recipe,
     precision: str,
     accumulate: int = 1,
     test_batch: int = 1000,
 ) -> float:
-    """Compiles the training and the test step, leaves the model as it was, and returns the seconds it took."""
+    """Compiles the training and the test step of network, which is the model under torch.compile.
+
+    Leaves the model as it was, and returns the seconds that it took.
+    """
     start, state = time.perf_counter(), copy.deepcopy(model.state_dict())
     model.train()
     x, y = next(data.batches(replace(recipe, sizes=((data.size, 1.0),)), seed=0, epoch=0))
-    parts = {
-        len(labels): (part, labels) for part, labels in zip(x.tensor_split(accumulate), y.tensor_split(accumulate))
-    }
-    for part, labels in parts.values():
+    parts, labels = x.tensor_split(accumulate), y.tensor_split(accumulate)
+    for i in {
+        0,
+        accumulate - 1,
+    }:  # the larger parts and the smaller, in every process as many: batch norms wait for all
         for size, _ in recipe.sizes:
             with autocast(y.device, precision):
-                logits = step(resize(part, size))
-            F.cross_entropy(logits.float(), labels).backward()
+                logits = network(resize(parts[i], size))
+            F.cross_entropy(logits.float(), labels[i]).backward()
             model.zero_grad()
-    evaluate(step, data, precision, test_batch)
+    evaluate(network, data, precision, test_batch)
     model.load_state_dict(state)
     return time.perf_counter() - start
 

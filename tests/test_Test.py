@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 import warnings
+import weakref
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -27,6 +28,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from packaging.requirements import Requirement
+from rich.console import Console
 from scipy import stats
 from torchvision.datasets import CIFAR10
 from torchvision.transforms.functional import to_pil_image
@@ -208,6 +210,23 @@ def test_folding_keeps_what_a_network_computes(arch, name, data):
     for stage in folded.stages:
         assert all(residual.alpha is None for residual in stage.residuals)
     assert sum(p.numel() for p in folded.parameters()) < sum(p.numel() for p in net.parameters())
+
+
+@pytest.mark.parametrize(("name", "most"), [("residual", 2), ("rw+lr", 2), ("pa/2", 9)])
+def test_only_pa_keeps_activations_at_inference(name, most):
+    alive, counts = weakref.WeakSet(), []
+
+    def branch(x):
+        alive.add(x)
+        counts.append(len(alive))
+        return x.cos()
+
+    residuals = [Model.parse(name).residual(4, available=i + 1, channel_dim=-1) for i in range(9)]
+    with torch.inference_mode():
+        x = torch.zeros(2, 4)
+        Test.residual_layers(x, x, [branch] * 9, residuals)
+    assert max(counts) <= most
+    assert (max(counts) == 9) == name.startswith("pa")
 
 
 def test_a_network_whose_branches_end_in_an_activation_is_not_folded(data):
@@ -525,6 +544,27 @@ def test_plain_lines_where_the_output_is_no_terminal(finished):
     assert "\x1b" not in finished[0].stdout
 
 
+def test_what_is_left_is_told_when_something_has_been_done(capsys, monkeypatch):
+    monitor = Test.Monitor(["residual, seed 0"], [False], 2)
+    history = [{"train_loss": 1.0, "test_accuracy": 0.5}]
+    monkeypatch.setattr(time, "perf_counter", lambda: monitor.start + 59.7)
+    monitor.report(0, 0.5, 100, 1.0, history[:0])
+    monitor.report(0, 0.5, 100, 1.0, history)
+    assert "left" not in capsys.readouterr().out
+    monitor = Test.Monitor(["residual, seed 0"], [False], 2)
+    monitor.start -= 59.7
+    monitor.report(0, 0.0, 100, 1.0, history[:0])
+    monitor.report(0, 0.5, 100, 1.0, history)
+    assert "1:00 min left" in capsys.readouterr().out
+
+
+def test_a_table_has_names_as_they_are(finished):
+    results = json.loads((finished[1] / "results.json").read_text())
+    console = Console(width=300, record=True, file=io.StringIO())
+    console.print(Test.table({**results["config"], "data": "photos[small]"}, results["runs"]))
+    assert "photos[small], 400 training images" in console.export_text()
+
+
 @pytest.fixture(scope="module")
 def profiled(tmp_path_factory) -> tuple[subprocess.CompletedProcess, Path]:
     out = tmp_path_factory.mktemp("profile")
@@ -622,6 +662,7 @@ def test_runs_side_by_side_give_the_numbers_of_one_after_the_other(tmp_path):
         (["--epochs", "-1"], ["--epochs", "at least 1", "-1"]),
         (["--epochs", "2.5"], ["--epochs", "whole number", "2.5"]),
         (["--device", "tpu"], ["'tpu'", "auto, cpu"]),
+        (["--device", "cpu:0", "--models", "nothing"], ["'nothing'"]),
         (["--device", "cuda:99"], ["'cuda:99'", "auto, cpu"]),
         (["--precision", "float8"], ["float8", "float32", "bfloat16"]),
         (["--dataset", "mnist"], ["mnist", "cifar10", "synthetic"]),
@@ -637,7 +678,15 @@ def test_runs_side_by_side_give_the_numbers_of_one_after_the_other(tmp_path):
         (["--models", "pa:shared=no"], ["'shared=no'", "shared=true|false"]),
         (["--models", "pa:rank=2.5"], ["'rank=2.5'", "rank=none"]),
         (["--models", "rw:decay=-1"], ["'decay=-1'", "decay=NUMBER"]),
-        (["--models", "deeper:scale=1"], ["'deeper:scale=1'", "no arguments"]),
+        (["--models", "deeper:scale=1"], ["'deeper:scale=1'", "scale would have no effect"]),
+        (["--models", "residual:decay=1"], ["decay would have no effect"]),
+        (["--models", "lr:bound=sigmoid"], ["bound would have no effect"]),
+        (["--models", "lr:rank=none"], ["rank would have no effect"]),
+        (["--models", "rw+lr:dim=D"], ["dim would have no effect"]),
+        (["--models", "rw:init=orthogonal"], ["init would have no effect"]),
+        (["--models", "rw:bound=none,scale=7"], ["scale would have no effect"]),
+        (["--models", "pa:rank=none,init=orthogonal"], ["init would have no effect"]),
+        (["--models", "pa:rank=none,shared=false"], ["shared would have no effect"]),
         (["--workers", "2"], ["--workers", "imagefolder"]),
         (["--image-size", "64"], ["--image-size", "imagefolder"]),
         (["--gpt", "100", "4", "256", "4"], ["--gpt", "100", "multiple of 64"]),
