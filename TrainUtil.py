@@ -927,10 +927,8 @@ def warm_up(
     model.train()
     x, y = next(data.batches(replace(recipe, sizes=((data.size, 1.0),)), seed=0, epoch=0))
     parts, labels = x.tensor_split(accumulate), y.tensor_split(accumulate)
-    for i in {
-        0,
-        accumulate - 1,
-    }:  # the larger parts and the smaller, in every process as many: batch norms wait for all
+    # The larger parts and the smaller, in every process as many: synchronised batch norms wait for each other.
+    for i in {0, accumulate - 1}:
         for size, _ in recipe.sizes:
             with autocast(y.device, precision):
                 logits = network(resize(parts[i], size))
