@@ -4,7 +4,6 @@
 """
 
 import argparse
-import copy
 import csv
 import importlib
 import json
@@ -121,14 +120,7 @@ class Model:
         return model
 
     def residual(
-        self,
-        dim: int,
-        available: int,
-        *,
-        channel_dim: int,
-        rank: int = 16,
-        pa_rank: int | None = 16,
-        recompute: bool = False,
+        self, dim: int, available: int, *, channel_dim: int, rank: int = 16, pa_rank: int | None = 16
     ) -> nn.Module:
         """The residual connection of a layer that has `available` activations to look at.
 
@@ -136,7 +128,7 @@ class Model:
         """
         k = min(self.k, available)  # a γ for an activation that is never there would not be trained
         given = {name: dim if value == "D" else value for name, value in self.arguments.items()}
-        options = {"channel_dim": channel_dim, "recompute": recompute, **given}
+        options = {"channel_dim": channel_dim, **given}
         if self.base == "rw":
             return LAuReL(**options)
         options["residual_weights"] = self.base.startswith("rw+")
@@ -286,10 +278,6 @@ class Stage(nn.Module):
             self.branches.append(branch)
             self.residuals.append(Residual())
 
-    def last_layers(self) -> list[nn.Module]:
-        """The layer that each branch ends in."""
-        return [list(branch.modules())[-1] for branch in self.branches]
-
     def forward(self, x: Tensor) -> Tensor:
         x = self.down(x)
         return residual_layers(x, x, self.branches, self.residuals)
@@ -430,14 +418,14 @@ class GPT(nn.Module):
 
     vocabulary = 256
 
-    def __init__(self, model: Model, dim: int, layers: int, length: int, recompute: bool = False) -> None:
+    def __init__(self, model: Model, dim: int, layers: int, length: int) -> None:
         super().__init__()
         with TrainUtil.seeded(0):
             self.embedding = nn.Embedding(self.vocabulary, dim)
             self.position = nn.Parameter(0.02 * torch.randn(length, dim))
             branches = [branch for _ in range(layers) for branch in transformer_layer(dim, causal=True)]
             self.head = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, self.vocabulary, bias=False))
-        options = {"channel_dim": -1, "rank": 32, "pa_rank": None, "recompute": recompute}
+        options = {"channel_dim": -1, "rank": 32, "pa_rank": None}
         stage = Stage(nn.Identity(), branches, dim, model, seed=1, **options)
         self.stages = nn.ModuleList([stage])
         if model.base == "deeper":
@@ -478,19 +466,6 @@ ARCHS: dict[str, Callable[..., nn.Module]] = {
     "resnet18": partial(ImageNetResNet, block=BasicBlock, layers=(2, 2, 2, 2)),
     "resnet50": ImageNetResNet,
 }
-
-
-def folded(network: nn.Module) -> nn.Module | None:
-    """A copy for inference, with α in the layers that the branches end in; None where these can't take it."""
-    network = copy.deepcopy(network)
-    blocks = [each for stage in network.stages for each in zip(stage.residuals, stage.last_layers())]
-    try:
-        for residual, layer in blocks:
-            if getattr(residual, "w", None) is not None:
-                sys.modules[type(residual).__module__].fold(residual, layer)
-    except TypeError:
-        return None
-    return network
 
 
 def learned(network: nn.Module) -> dict[str, dict[str, float]]:
@@ -1053,11 +1028,6 @@ def networks(options: argparse.Namespace) -> Iterator[tuple[str, list[dict]]]:
         yield name, measure(models, cnn_example, options.batch_size, options)
     if options.network != "cnn":
         models = {model.name: GPT(model, dim, layers, length) for model in options.models}
-        if not options.compile:  # a compiler chooses by itself what is kept
-            weighted = [model for model in options.models if model.base.startswith("rw")]
-            models |= {
-                f"{model.name}, recompute": GPT(model, dim, layers, length, recompute=True) for model in weighted
-            }
         name = f"GPT, D = {dim}, {layers} layers, length {length}, batch {batch}"
         yield name, measure(models, gpt_example, batch, options)
 
@@ -1065,12 +1035,9 @@ def networks(options: argparse.Namespace) -> Iterator[tuple[str, list[dict]]]:
 def measure(models: dict[str, nn.Module], example: Callable, batch: int, options: argparse.Namespace) -> list[dict]:
     """An entry a model; example(n) gives n inputs and their labels."""
     device = options.device
-    weighted = [name for name in models if name.startswith("rw") and "recompute" not in name]
-    without = {f"{name}, folded": folded(models[name]) for name in weighted}
-    every = models | {name: model for name, model in without.items() if model}  # the latter for inference alone
-    for model in every.values():
+    for model in models.values():
         model.train().to(device, memory_format=torch.channels_last)
-    called = TrainUtil.compiled(every) if options.compile else every
+    called = TrainUtil.compiled(models) if options.compile else models
     x, y = (tensor.to(device) for tensor in example(batch))
 
     def loss(model: nn.Module) -> Tensor:
@@ -1087,23 +1054,25 @@ def measure(models: dict[str, nn.Module], example: Callable, batch: int, options
         with TrainUtil.autocast(device, options.precision):
             model(x)
 
-    costs = []
-    for name, model in every.items():
-        entry = {"model": name, "parameters": sum(p.numel() for p in model.parameters())}
-        costs.append(entry | {"flops": None, "saved_bytes": None, "peak_bytes": None})
-        if name in models:
-            costs[-1]["flops"] = TrainUtil.flops(partial(step, model))
-            costs[-1]["saved_bytes"] = TrainUtil.saved_bytes(model, partial(loss, called[name]))
-            costs[-1]["peak_bytes"] = TrainUtil.peak_bytes(model, partial(step, called[name]), device)
-    steps = {name: partial(step, called[name]) for name in models}
+    costs = [
+        {
+            "model": name,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "flops": TrainUtil.flops(partial(step, model)),
+            "saved_bytes": TrainUtil.saved_bytes(model, partial(loss, called[name])),
+            "peak_bytes": TrainUtil.peak_bytes(model, partial(step, called[name]), device),
+        }
+        for name, model in models.items()
+    ]
+    steps = {name: partial(step, model) for name, model in called.items()}
     times = {"step_seconds": TrainUtil.interleave(steps, options.seconds, device)}
-    for model in every.values():
+    for model in models.values():
         model.eval()
     for n in (1, 128):
         x_n = example(n)[0].to(device)
         calls = {name: partial(infer, model, x_n) for name, model in called.items()}
         times[f"inference_{n}_seconds"] = TrainUtil.interleave(calls, options.seconds / 4, device)
-    return [{**entry, **{name: each.get(entry["model"]) for name, each in times.items()}} for entry in costs]
+    return [{**entry, **{name: each[entry["model"]] for name, each in times.items()}} for entry in costs]
 
 
 def profile_table(config: dict, network: str, costs: list[dict]) -> Table:
@@ -1125,16 +1094,12 @@ def profile_table(config: dict, network: str, costs: list[dict]) -> Table:
         result.add_column(name, justify="right")
 
     def times(entry: dict, name: str) -> str:
-        if entry[name] is None:
-            return "–"
         if entry is base:
             return f"{1000 * statistics.median(entry[name]):.4g} ms"
         low, median, high = statistics.quantiles((a / b for a, b in zip(entry[name], base[name])), n=4)
         return f"{median:.3f} ({low:.3f}–{high:.3f})"
 
     def amount(entry: dict, name: str, unit: str, size: float) -> str:
-        if entry[name] is None:
-            return "–"
         return f"{entry[name] / size:.4g} {unit}" if entry is base else f"{entry[name] / base[name]:.4f}"
 
     for entry in costs:
@@ -1147,7 +1112,7 @@ def profile_table(config: dict, network: str, costs: list[dict]) -> Table:
         if base["peak_bytes"] is not None:
             row.append(amount(entry, "peak_bytes", "MB", 1e6))
         if network.startswith("GPT"):
-            row += [f"{ratio:.3f}" for ratio in PAPER.get(entry["model"].removesuffix(", recompute"), ())] or ["–", "–"]
+            row += [f"{ratio:.3f}" for ratio in PAPER.get(entry["model"], ())] or ["–", "–"]
         result.add_row(entry["model"], *row)
     return result
 

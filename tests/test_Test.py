@@ -192,26 +192,6 @@ def test_parameters_added_to_the_language_model_of_table_5():
         assert 24 * sum(p.numel() for p in block.parameters()) == pytest.approx(paper, rel=0.03)
 
 
-@pytest.mark.parametrize("arch", ["resnet20", "resnet50", "vit", "gpt"])
-@pytest.mark.parametrize("name", ["rw", "rw+lr", "rw+pa", "rw+lr+pa"])
-def test_folding_keeps_what_a_network_computes(arch, name, data):
-    model = Model.parse(name)
-    net = GPT(model, 64, 2, 16) if arch == "gpt" else Test.ARCHS[arch](model, 0, data)
-    x = torch.arange(32).view(2, 16) if arch == "gpt" else data.normalize(data.test_images[:4])
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for key, p in net.named_parameters():
-            if re.search(r"residuals?\.", key):
-                p.add_(0.02 * torch.randn(p.shape, generator=generator))
-    net = net.double().eval()
-    x = x if arch == "gpt" else x.double()
-    folded = Test.folded(net)
-    torch.testing.assert_close(folded(x), net(x), rtol=1e-9, atol=1e-9)
-    for stage in folded.stages:
-        assert all(residual.alpha is None for residual in stage.residuals)
-    assert sum(p.numel() for p in folded.parameters()) < sum(p.numel() for p in net.parameters())
-
-
 @pytest.mark.parametrize(("name", "most"), [("residual", 2), ("rw+lr", 2), ("pa/2", 9)])
 def test_only_pa_keeps_activations_at_inference(name, most):
     alive, counts = weakref.WeakSet(), []
@@ -227,10 +207,6 @@ def test_only_pa_keeps_activations_at_inference(name, most):
         Test.residual_layers(x, x, [branch] * 9, residuals)
     assert max(counts) <= most
     assert (max(counts) == 9) == name.startswith("pa")
-
-
-def test_a_network_whose_branches_end_in_an_activation_is_not_folded(data):
-    assert Test.folded(SmallCNN(Model.parse("rw"), 0, data)) is None
 
 
 @pytest.mark.parametrize("name", ["residual", "rw", "lr", "pa", "rw+lr", "rw+lr+pa", "deeper"])
@@ -267,21 +243,20 @@ def test_what_the_gpt_keeps_for_the_backward_pass():
     """Ratios to the plain residual connection. They are exact, so that the bounds leave room for rounding alone."""
     tokens = torch.zeros(4, 256, dtype=torch.long)
 
-    def saved(name: str, recompute: bool = False) -> int:
-        model = GPT(Model.parse(name), 768, 4, 256, recompute)
+    def saved(name: str) -> int:
+        model = GPT(Model.parse(name), 768, 4, 256)
         return TrainUtil.saved_bytes(model, lambda: F.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten()))
 
     plain = saved("residual")
-    for name, keeping, recomputing in [
-        ("rw", 1.1204, 1.0000),
-        ("lr", 1.0050, 1.0050),
-        ("pa", 1.0000, 1.0000),
-        ("rw+lr", 1.1292, 1.0088),
-        ("rw+pa", 1.1204, 1.0000),
-        ("rw+lr+pa", 1.1435, 1.0231),
-    ]:
-        assert saved(name) / plain < keeping + 0.0001, name
-        assert saved(name, recompute=True) / plain < recomputing + 0.0001, name
+    for name, most in {
+        "rw": 1.1204,
+        "lr": 1.0050,
+        "pa": 1.0000,
+        "rw+lr": 1.1292,
+        "rw+pa": 1.1204,
+        "rw+lr+pa": 1.1435,
+    }.items():
+        assert saved(name) / plain < most + 0.0001, name
 
 
 @pytest.mark.parametrize(("arch", "parameters"), [("resnet20", 0.27), ("resnet32", 0.46), ("resnet56", 0.85)])
@@ -577,39 +552,29 @@ def test_profile_measures_every_model_in_the_same_rounds(profiled):
     networks = json.loads((out / "profile.json").read_text())["networks"]
     cnn, gpt = networks.values()
     assert [entry["model"] for entry in cnn] == ["residual", "rw", "pa/2"]
-    assert [entry["model"] for entry in gpt] == ["residual", "rw", "pa/2", "rw, recompute", "rw, folded"]
+    assert [entry["model"] for entry in gpt] == ["residual", "rw", "pa/2"]
     for costs in networks.values():
         for name in ("step_seconds", "inference_1_seconds", "inference_128_seconds"):
-            measured = [entry[name] for entry in costs if name != "step_seconds" or "folded" not in entry["model"]]
-            rounds = {len(seconds) for seconds in measured}
+            rounds = {len(entry[name]) for entry in costs}
             assert len(rounds) == 1
             assert rounds.pop() >= 3
         for entry in costs:
             assert entry["peak_bytes"] is None
             assert f"{entry['parameters']:,}" in done.stdout
-            if "folded" in entry["model"]:
-                assert (entry["step_seconds"], entry["flops"], entry["saved_bytes"]) == (None, None, None)
-            else:
-                assert entry["flops"] >= costs[0]["flops"]
-    assert (
-        gpt[0]["saved_bytes"] < gpt[3]["saved_bytes"] < 1.001 * gpt[0]["saved_bytes"]
-    )  # scalars are all that is added
+            assert entry["flops"] >= costs[0]["flops"]
     assert gpt[1]["saved_bytes"] > 1.05 * gpt[0]["saved_bytes"]
 
 
 @pytest.mark.parametrize(
     ("chosen", "measured"), [("both", ["small CNN", "GPT"]), ("cnn", ["small CNN"]), ("gpt", ["GPT"])]
 )
-@pytest.mark.parametrize("compile", [False, True])
-def test_profile_measures_the_networks_that_are_asked_for(chosen, measured, compile, tmp_path, monkeypatch):
+def test_profile_measures_the_networks_that_are_asked_for(chosen, measured, tmp_path, monkeypatch):
     monkeypatch.setattr(Test, "measure", lambda models, example, batch, options: list(models))
     options = Test.parse(["--profile", "--network", chosen, "--gpt", "64", "1", "8", "2", "--out", str(tmp_path)])
-    options.compile = compile
     measure = {network.split(",")[0]: names for network, names in Test.networks(options)}
     assert list(measure) == measured
     for network, names in measure.items():
-        assert [name for name in names if "recompute" not in name] == list(MODELS)
-        assert any("recompute" in name for name in names) == (network == "GPT" and not compile)
+        assert names == list(MODELS), network
 
 
 def test_profile_shows_medians_of_ratios_within_a_round():

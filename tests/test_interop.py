@@ -20,7 +20,7 @@ from block_properties import randomize
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from LAuReL import LAuReL, fold
+from LAuReL import LAuReL
 
 LAuReL_LR = importlib.import_module("LAuReL-LR").LAuReL_LR
 LAuReL_PA = importlib.import_module("LAuReL-PA").LAuReL_PA
@@ -583,11 +583,10 @@ def test_int8_linear_layers_leave_the_blocks_as_they_are(kind):
     assert 0 < error.norm() < 0.05 * exact.norm()
 
 
-@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_model_whose_layers_are_checkpointed_has_the_same_gradients(kind, recompute):
+def test_a_model_whose_layers_are_checkpointed_has_the_same_gradients(kind):
     """A layer with its block is called again as a whole, from the tuple of activations that it was given."""
-    model, calls = trained([kind] * 3, recompute=recompute), []
+    model, calls = trained([kind] * 3), []
     model.layers[0].register_forward_pre_hook(lambda *_: calls.append(1))
     grads = []
     for how in (run, partial(checkpoint, use_reentrant=False)):
@@ -657,16 +656,6 @@ def sharded_weights() -> dict[str, list[Tensor]]:
     return found
 
 
-def fold_sharded() -> str:
-    model = shard(trained(list(ALL_KINDS)))
-    block = next(module for module in model.modules() if isinstance(module, LAuReL))
-    with pytest.raises(TypeError, match="layer must be one of"):
-        fold(LAuReL(), next(module for module in model.modules() if type(module) is nn.Linear))
-    with pytest.raises(TypeError) as error:
-        fold(block, nn.Linear(D, D))
-    return str(error.value)
-
-
 def replicated() -> list[Tensor]:
     """The gradients of a PA whose parameters and activations are DTensors, and have a process each of them."""
     from torch.distributed.tensor import distribute_module, distribute_tensor
@@ -687,14 +676,13 @@ def few() -> nn.Module:
 
 def work(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
-    results = {"start": whole(start_sharded().state_dict()), "weights": sharded_weights(), "fold": fold_sharded()}
+    results = {"start": whole(start_sharded().state_dict()), "weights": sharded_weights()}
     results["replicated"] = replicated()
-    for recompute in (False, True):
-        model = shard(trained(list(ALL_KINDS), recompute=recompute).double())
-        loss = train(model, images(8).double()[4 * rank : 4 * rank + 4])
-        dist.all_reduce(loss)
-        shares = {name: len(p.to_local()) for name, p in model.named_parameters()}
-        results[recompute] = (loss / 2, shares, whole(dict(model.named_parameters())), whole(gradients(model)))
+    model = shard(trained(list(ALL_KINDS)).double())
+    loss = train(model, images(8).double()[4 * rank : 4 * rank + 4])
+    dist.all_reduce(loss)
+    shares = {name: len(p.to_local()) for name, p in model.named_parameters()}
+    results["trained"] = (loss / 2, shares, whole(dict(model.named_parameters())), whole(gradients(model)))
     if rank == 0:
         torch.save(results, f"{folder}/results")
     dist.barrier()  # neither leaves while the other still talks to it
@@ -710,10 +698,9 @@ def two_processes(tmp_path_factory):
     return torch.load(folder / "results", weights_only=True)
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-def test_trains_sharded_in_two_processes_as_in_one(recompute, two_processes):
+def test_trains_sharded_in_two_processes_as_in_one(two_processes):
     """All kinds of blocks in one model, half of the batch and half of each block's parameters in each process."""
-    loss, shares, trained_weights, grads = two_processes[recompute]
+    loss, shares, trained_weights, grads = two_processes["trained"]
     model = trained(list(ALL_KINDS)).double()  # AdamW makes much of rounding errors
     torch.testing.assert_close(loss, train(model, images(8).double()))
     for name, p in model.named_parameters():
@@ -732,11 +719,6 @@ def test_weights_can_be_looked_at_where_they_are_sharded(two_processes):
     for weights in two_processes["weights"].values():
         for each in weights:
             assert torch.equal(each, torch.ones_like(each))
-
-
-def test_a_sharded_block_is_not_folded(two_processes):
-    """FSDP2 would bring w back, and α would be applied twice."""
-    assert "w must be a plain parameter, got a DTensor" in two_processes["fold"]
 
 
 def test_dtensors_through_fewer_activations_than_k(two_processes):
