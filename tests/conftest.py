@@ -1,6 +1,11 @@
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # small tensors: threads that wait for each other take most of the time
+
+
 def pytest_generate_tests(metafunc):
-    """`variant` runs a block's property for all of its variants, `first_variant` for the first alone."""
+    """`variant` runs a block's property for all its options, `path` for one of each way through forward."""
     if "variant" in metafunc.fixturenames:
         metafunc.parametrize("variant", metafunc.cls.variants)
-    if "first_variant" in metafunc.fixturenames:
-        metafunc.parametrize("first_variant", list(metafunc.cls.variants)[:1])
+    if "path" in metafunc.fixturenames:
+        metafunc.parametrize("path", metafunc.cls.paths)

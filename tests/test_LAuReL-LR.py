@@ -21,9 +21,8 @@ class TestLAuReLLR(BlockProperties):
         "RW+LR sigmoid": ({**WEIGHTED, "bound": "sigmoid"}, 2 * R * D + 2),
         "RW+LR single": ({**WEIGHTED, "bound": "single"}, 2 * R * D + 1),
         "RW+LR none": ({**WEIGHTED, "bound": "none"}, 2 * R * D + 2),
-        "RW+LR recompute": ({**WEIGHTED, "recompute": True}, 2 * R * D + 2),
     }
-    starts_plain = {name: options for name, (options, _) in variants.items() if "scale" not in options}
+    paths = ("LR", "RW+LR", "RW+LR single")
     errors = [
         ({"dim": 0}, "dim.*0"),
         ({"dim": D, "rank": 0}, "rank.*0"),
@@ -73,6 +72,14 @@ def test_norm_is_applied_to_the_low_rank_path_alone(channel_dim):
 class Float32Norm(nn.Module):
     def forward(self, x):
         return nn.functional.rms_norm(x.float(), x.shape[-1:])
+
+
+@pytest.mark.parametrize("residual_weights", [False, True])
+def test_a_half_stream_with_a_norm_is_finite_where_the_sum_is(residual_weights):
+    block = LAuReL_LR(D, rank=R, norm=nn.RMSNorm(D).half(), residual_weights=residual_weights)
+    nn.init.ones_(block.A)
+    x = torch.full((4, D), 30_000.0).half()
+    assert torch.equal(block(x, x), x + x)
 
 
 @pytest.mark.parametrize("residual_weights", [False, True])

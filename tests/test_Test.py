@@ -296,7 +296,7 @@ def test_a_models_name_sets_the_arguments_of_its_blocks():
     unbounded, sigmoid, vectors, lr, identity, apart = blocks.values()
     assert unbounded.bound == "none"
     assert (sigmoid.scale, sigmoid.bound, sigmoid.dim) == (1, "sigmoid", None)
-    assert vectors.w.shape == (2, 8)
+    assert vectors.w.shape == (16,)
     assert (lr.init, lr.scale, lr.rank, lr.residual_weights) == ("orthogonal", 0.5, 2, True)
     assert (identity.rank, identity.k) == (None, 2)
     assert apart.A.shape[0] == 3
