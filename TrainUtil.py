@@ -130,7 +130,7 @@ class Dataset:
     def normalize(self, images: Tensor) -> Tensor:
         return normalize(images, self.statistics)
 
-    def batches(self, recipe: "Recipe", seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, seed: int, epoch: int, batch_size: int, max_shift: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The augmented batches of one epoch, of which this process has its share; a last partial batch is left out.
 
         A function of the seed and the epoch alone. Flips take turns: half of the images, drawn once for the seed, are
@@ -140,14 +140,11 @@ class Dataset:
         n, device = self.train_size, self.device
         flip = (torch.rand(n, generator=torch.Generator().manual_seed(seed)) < 0.5) ^ bool(epoch % 2)
         generator, order = shuffled(n, seed, epoch)
-        offset = torch.randint(-recipe.max_shift, recipe.max_shift + 1, (2, n), generator=generator)
+        offset = torch.randint(-max_shift, max_shift + 1, (2, n), generator=generator)
         flip, order, offset = flip.to(device), order.to(device), offset.to(device)
-        steps = recipe.steps_per_epoch(n)
-        for step, i in enumerate(order.split(recipe.batch_size)[:steps]):
+        for i in order.split(batch_size)[: whole_batches(n, batch_size)]:
             i = share(i)
-            images = self.normalize(shift(self.train_images[i], *offset[:, i], flip[i]))
-            size = recipe.size((epoch + step / steps) / recipe.epochs)
-            yield resize(images, size), self.train_labels[i].long()
+            yield self.normalize(shift(self.train_images[i], *offset[:, i], flip[i])), self.train_labels[i].long()
 
     def test_batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """This process's share of the test images."""
@@ -162,6 +159,11 @@ def seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         yield
+
+
+def whole_batches(n: int, batch_size: int) -> int:
+    """How many there are in n images; fewer images than a batch are one batch."""
+    return max(1, n // batch_size)
 
 
 def shuffled(n: int, seed: int, epoch: int) -> tuple[torch.Generator, Tensor]:
@@ -253,9 +255,10 @@ class Folder:
             x, y = (tensor.to(self.device, non_blocking=True) for tensor in batch)
             yield x.permute(0, 2, 3, 1).contiguous(), y
 
-    def batches(self, recipe: "Recipe", seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        n, steps = self.train_size, recipe.steps_per_epoch(self.train_size)
-        order = shuffled(n, seed, epoch)[1].split(recipe.batch_size)[:steps]
+    def batches(self, seed: int, epoch: int, batch_size: int, max_shift: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """As those of Dataset, but cropped at random in place of shifted."""
+        n = self.train_size
+        order = shuffled(n, seed, epoch)[1].split(batch_size)[: whole_batches(n, batch_size)]
         numbers = [(share(i) + epoch * n).tolist() for i in order]
         for x, y in self.load(self.train, numbers, seed):
             yield self.normalize(x), y
@@ -632,8 +635,7 @@ class Recipe:
     sizes: tuple[tuple[int, float], ...] = ((16, 0.3), (24, 0.65), (32, 1.0))
 
     def steps_per_epoch(self, n: int) -> int:
-        """Whole batches in n images; fewer images than a batch are one batch."""
-        return max(1, n // self.batch_size)
+        return whole_batches(n, self.batch_size)
 
     def size(self, part: float) -> int:
         """The images' size after a part of the steps, 0 to 1."""
@@ -803,7 +805,8 @@ def train(
     network = nn.parallel.DistributedDataParallel(call) if world > 1 else call
 
     opts = optimizers(model, recipe, precision)
-    steps = recipe.epochs * recipe.steps_per_epoch(n)
+    steps_per_epoch = recipe.steps_per_epoch(n)
+    steps = recipe.epochs * steps_per_epoch
 
     def schedule(step: int) -> float:
         return min(1.0, (step + 1) / (recipe.warmup * steps)) * (1 - step / steps)
@@ -823,7 +826,8 @@ def train(
             break
         model.train()
         start, losses = time.perf_counter(), []
-        for x, y in data.batches(recipe, seed, epoch):
+        for step, (x, y) in enumerate(data.batches(seed, epoch, recipe.batch_size, recipe.max_shift)):
+            x = resize(x, recipe.size((epoch * steps_per_epoch + step) / steps))
             for i, (part, labels) in enumerate(zip(x.tensor_split(accumulate), y.tensor_split(accumulate))):
                 alone = world > 1 and i < accumulate - 1  # gradients are averaged once a batch
                 with network.no_sync() if alone else contextlib.nullcontext():
@@ -925,7 +929,7 @@ def warm_up(
     """
     start, state = time.perf_counter(), copy.deepcopy(model.state_dict())
     model.train()
-    x, y = next(data.batches(replace(recipe, sizes=((data.size, 1.0),)), seed=0, epoch=0))
+    x, y = next(data.batches(seed=0, epoch=0, batch_size=recipe.batch_size))
     parts, labels = x.tensor_split(accumulate), y.tensor_split(accumulate)
     # The larger parts and the smaller, in every process as many: synchronised batch norms wait for each other.
     for i in {0, accumulate - 1}:

@@ -433,11 +433,9 @@ def test_an_image_folder_is_trained_on(images):
 
 
 def test_what_is_read_from_a_folder_depends_on_seed_and_epoch_alone(images):
-    recipe = Recipe(epochs=2, batch_size=8)
-
     def read(workers: int, seed: int, epoch: int) -> list:
         torch.manual_seed(workers)
-        return [torch.cat(t) for t in zip(*load_folder(images, 32, workers).batches(recipe, seed, epoch))]
+        return [torch.cat(t) for t in zip(*load_folder(images, 32, workers).batches(seed, epoch, 8))]
 
     first = read(0, seed=1, epoch=0)
     for workers in (1, 2):
@@ -518,7 +516,7 @@ FAULTS = {
 def test_what_is_wrong_with_a_folder_is_said(fault, reason, workers, images):
     path = break_folder(images, fault)
     with pytest.raises(DataError, match=reason) as error:
-        for _ in load_folder(images, 32, workers).batches(Recipe(batch_size=8), 0, 0):
+        for _ in load_folder(images, 32, workers).batches(0, 0, 8):
             pass
     assert str(path) in str(error.value)
     assert "Traceback" not in str(error.value)
@@ -544,13 +542,12 @@ def test_shift_moves_and_reflects_at_the_edges():
             assert torch.equal(out[1], images[1].flip(1))
 
 
-FULL = ((32, 1.0),)
-
-
 def test_images_grow_in_the_course_of_a_run(made_up):
     recipe = Recipe(epochs=2, batch_size=100, sizes=((16, 0.3), (24, 0.65), (32, 1.0)))
-    steps = [x.shape for epoch in range(2) for x, _ in made_up.limit(1000).batches(recipe, 0, epoch)]
-    assert steps == [(100, 3, 16, 16)] * 6 + [(100, 3, 24, 24)] * 7 + [(100, 3, 32, 32)] * 7
+    net, shapes = network(), []
+    net.register_forward_pre_hook(lambda net, args: shapes.append(args[0].shape) if net.training else None)
+    train(net, made_up.limit(1000), recipe, 0)
+    assert shapes == [(100, 3, 16, 16)] * 6 + [(100, 3, 24, 24)] * 7 + [(100, 3, 32, 32)] * 7
     assert recipe.pixels(1.0) == pytest.approx((6 * 16**2 + 7 * 24**2 + 7 * 32**2) / 20)
     assert recipe.pixels(0.5) == pytest.approx((6 * 16**2 + 4 * 24**2) / 20)
 
@@ -564,12 +561,12 @@ def test_a_smaller_image_holds_means_over_areas():
 
 def test_batches_hold_every_image_once_and_depend_on_seed_and_epoch_alone(made_up):
     # Without shifts, an image is known by its pixels, mirrored or not.
-    data, recipe = made_up.limit(300), Recipe(batch_size=100, max_shift=0, sizes=FULL)
+    data = made_up.limit(300)
     sums = TrainUtil.normalize(data.train_images).sum((1, 2, 3)).sort().values
-    epochs = [[torch.cat(t) for t in zip(*data.batches(recipe, seed, epoch))] for seed in (0, 1) for epoch in (0, 1)]
+    epochs = [[torch.cat(t) for t in zip(*data.batches(seed, epoch, 100))] for seed in (0, 1) for epoch in (0, 1)]
     for x, _ in epochs:
         torch.testing.assert_close(x.sum((1, 2, 3)).sort().values, sums, rtol=1e-4, atol=1e-2)
-    again = [torch.cat(t) for t in zip(*data.batches(recipe, 1, 1))]
+    again = [torch.cat(t) for t in zip(*data.batches(1, 1, 100))]
     assert all(torch.equal(a, b) for a, b in zip(epochs[3], again))
     labels = [y.tolist() for _, y in epochs]
     assert all(labels[i] != labels[j] for i in range(4) for j in range(i))
@@ -577,11 +574,10 @@ def test_batches_hold_every_image_once_and_depend_on_seed_and_epoch_alone(made_u
 
 def test_every_image_is_mirrored_in_every_other_epoch(made_up):
     data = made_up.limit(64)
-    recipe = Recipe(batch_size=64, max_shift=0, sizes=FULL)
     plain = TrainUtil.normalize(data.train_images)
 
     def mirrored(epoch):
-        x, _ = next(data.batches(recipe, 0, epoch))
+        x, _ = next(data.batches(0, epoch, 64))
         return {i for i in range(64) for image in x if torch.equal(image, plain[i].flip(2))}
 
     even, odd = mirrored(0), mirrored(1)
@@ -593,7 +589,7 @@ def test_every_image_is_mirrored_in_every_other_epoch(made_up):
 @pytest.mark.parametrize(("n", "sizes"), [(250, [100, 100]), (100, [100]), (30, [30])])
 def test_a_partial_batch_is_left_out_unless_it_is_the_only_one(n, sizes, made_up):
     recipe = Recipe(batch_size=100, epochs=2)
-    assert [len(y) for _, y in made_up.limit(n).batches(recipe, 0, 0)] == sizes
+    assert [len(y) for _, y in made_up.limit(n).batches(0, 0, 100)] == sizes
     assert recipe.images(n) == 2 * sum(sizes)
 
 

@@ -53,11 +53,6 @@ class Norm(nn.RMSNorm):
         return super().forward(h.movedim(self.channel_dim, -1)).movedim(-1, self.channel_dim)
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 def library(name: str):
     return pytest.importorskip(name, reason=f"{name} is in the dependency group interop: pip install --group interop")
 
