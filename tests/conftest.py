@@ -2,8 +2,14 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # small tensors: threads that wait for each other take most of the time
 
+import subprocess
+from pathlib import Path
+
 import pytest
 import torch
+from script import STUDY, SYNTHETIC, numbers, run
+
+from comparison.data import Dataset, synthetic
 
 
 @pytest.fixture(autouse=True)
@@ -17,3 +23,30 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("variant", metafunc.cls.variants)
     if "path" in metafunc.fixturenames:
         metafunc.parametrize("path", metafunc.cls.paths)
+
+
+@pytest.fixture(scope="session")
+def data() -> Dataset:
+    return synthetic()
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory) -> tuple[subprocess.CompletedProcess, Path]:
+    out = tmp_path_factory.mktemp("runs") / "finished"
+    return run(*SYNTHETIC, "--models", "residual", "rw", "rw+lr+pa@4/2", "--seeds", "2", "--out", str(out)), out
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(tmp_path_factory) -> list[dict]:
+    out = tmp_path_factory.mktemp("uninterrupted")
+    assert run(*STUDY, "--out", str(out)).returncode == 0
+    return numbers(out)
+
+
+@pytest.fixture(autouse=True)
+def process_stays_as_it_was(monkeypatch):
+    """Whatever Test.main does in the process of the tests: memory that is kept would add up over all of them."""
+    monkeypatch.setattr("Test.keep_memory", lambda: None)
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)

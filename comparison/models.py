@@ -1,0 +1,181 @@
+"""From the name of a model to its residual connections."""
+
+import argparse
+import importlib
+import math
+import re
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from comparison.data import seeded
+from LAuReL import LAuReL
+
+LAuReL_LR = importlib.import_module("LAuReL-LR").LAuReL_LR
+
+
+LAuReL_PA = importlib.import_module("LAuReL-PA").LAuReL_PA
+
+
+MODELS = ("residual", "rw", "lr", "pa", "rw+lr", "rw+pa", "rw+lr+pa", "deeper")
+
+
+# The arguments of a block that a model's name may set, and decay: weight decay on the block's parameters
+ARGUMENTS = {
+    "dim": {"D": "D"},  # α and β for each channel
+    "rank": {"none": None},  # the identity for h
+    "shared": {"true": True, "false": False},
+    "bound": {name: name for name in ("softmax", "sigmoid", "single", "none")},
+    "init": {name: name for name in ("xavier", "orthogonal")},
+    "scale": float,
+    "decay": float,
+}
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model's name, such as rw+lr+pa@16/3 or rw:scale=1,decay=0.1, taken apart."""
+
+    name: str
+    base: str
+    rank: int | None = None  # None: what the network has by default
+    k: int = 3
+    arguments: dict = field(default_factory=dict)  # of the block
+    decay: float = 0.0  # weight decay on the block's parameters
+
+    @staticmethod
+    def parse(name: str) -> "Model":
+        match = re.fullmatch(r"([a-z+]+)(?:@([1-9]\d*))?(?:/([1-9]\d*))?(?::(.+))?", name)
+        base, rank, k, rest = match.groups() if match else (None, None, None, None)
+        if base not in MODELS:
+            raise argparse.ArgumentTypeError(
+                f"unknown model {name!r}; allowed are {', '.join(MODELS)}, with @RANK after lr or pa and /K after pa, "
+                "both at least 1, as in lr@8, pa/5, rw+lr+pa@16/3, and then a block's arguments, as in rw:scale=1"
+            )
+        if rank and "lr" not in base and "pa" not in base:
+            raise argparse.ArgumentTypeError(f"{name!r}: {base} has no rank; @RANK goes with lr and pa")
+        if k and "pa" not in base:
+            raise argparse.ArgumentTypeError(f"{name!r}: {base} has no k; /K goes with pa")
+        given = [argument(text) for text in rest.split(",")] if rest else []
+        arguments = dict(given)
+        if len(arguments) < len(given) or (rank and "rank" in arguments):
+            raise argparse.ArgumentTypeError(f"{name!r} sets an argument twice")
+        low_rank = ("lr" in base or "pa" in base) and "rank" not in arguments
+        effective = {
+            "dim": base == "rw",
+            "rank": "pa" in base,
+            "shared": "pa" in base and low_rank,
+            "bound": "rw" in base,
+            "init": low_rank,
+            "scale": "rw" in base and arguments.get("bound") != "none",
+            "decay": base not in ("residual", "deeper"),
+        }
+        for each in arguments:
+            if not effective[each]:
+                raise argparse.ArgumentTypeError(f"{name!r}: {each} would have no effect")
+        decay = arguments.pop("decay", 0.0)
+        model = Model(name, base, int(rank) if rank else None, int(k or 3), arguments, decay)
+        try:
+            with torch.device("meta"):  # which draws no random numbers
+                model.residual(8, available=1, channel_dim=1)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{name!r}: {error}") from None
+        return model
+
+    def residual(
+        self, dim: int, available: int, *, channel_dim: int, rank: int = 16, pa_rank: int | None = 16
+    ) -> nn.Module:
+        """The residual connection of a layer that has `available` activations to look at.
+
+        rank and pa_rank, the latter for pa and rw+pa, are the ranks where the name gives none; None: h(x) = x.
+        """
+        k = min(self.k, available)  # a γ for an activation that is never there would not be trained
+        given = {name: dim if value == "D" else value for name, value in self.arguments.items()}
+        options = {"channel_dim": channel_dim, **given}
+        if self.base == "rw":
+            return LAuReL(**options)
+        options["residual_weights"] = self.base.startswith("rw+")
+        match self.base:
+            case "lr" | "rw+lr":
+                return LAuReL_LR(dim, **{"rank": self.rank or rank, **options})
+            case "pa" | "rw+pa":
+                return LAuReL_PA(dim, k, **{"rank": self.rank or pa_rank, **options})
+            case "rw+lr+pa":  # eq. 6: a low-rank pair for each activation
+                return LAuReL_PA(dim, k, **{"rank": self.rank or rank, "shared": False, **options})
+        return Residual()
+
+
+def argument(text: str) -> tuple[str, object]:
+    """NAME=VALUE taken apart."""
+    name, _, value = text.partition("=")
+    allowed = ARGUMENTS.get(name)
+    if isinstance(allowed, dict) and value in allowed:
+        return name, allowed[value]
+    with suppress(ValueError):
+        if allowed is float and 0 <= float(value) < math.inf:
+            return name, float(value)
+    forms = (f"{n}={'|'.join(v) if isinstance(v, dict) else 'NUMBER'}" for n, v in ARGUMENTS.items())
+    raise argparse.ArgumentTypeError(f"{text!r} sets no argument of a block; allowed are {', '.join(forms)}")
+
+
+class Residual(nn.Module):
+    """The plain residual connection."""
+
+    def forward(self, x: Tensor, fx: Tensor) -> Tensor:
+        return x + fx
+
+
+class Stage(nn.Module):
+    """Residual layers of one shape, which `down` brings its input to; `options` are those of Model.residual."""
+
+    def __init__(
+        self, down: nn.Module, branches: list[nn.Sequential], width: int, model: Model, seed: int, **options
+    ) -> None:
+        super().__init__()
+        self.down, self.branches, self.residuals = down, nn.ModuleList(branches), nn.ModuleList()
+        for i in range(len(branches)):
+            with seeded(seed + i):
+                self.residuals.append(model.residual(width, available=i + 1, **{"channel_dim": 1, **options}))
+
+    def deepen(self, *branches: nn.Sequential) -> None:
+        """Adds residual layers that start with f(x) = 0."""
+        for branch in branches:
+            *_, affine = (layer for layer in branch.modules() if getattr(layer, "weight", None) is not None)
+            nn.init.zeros_(affine.weight)
+            nn.init.zeros_(affine.bias)
+            self.branches.append(branch)
+            self.residuals.append(Residual())
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.down(x)
+        return residual_layers(x, x, self.branches, self.residuals)
+
+
+class PostActivationStage(Stage):
+    """Its first branch brings its input to the stage's shape, and `down` the input that is added to it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return residual_layers(x, self.down(x), self.branches, self.residuals, activation=F.relu)
+
+
+def residual_layers(
+    x: Tensor,
+    shortcut: Tensor,
+    branches: Sequence[Callable[[Tensor], Tensor]],
+    residuals: Sequence[nn.Module],
+    activation: Callable[[Tensor], Tensor] = lambda y: y,
+) -> Tensor:
+    """x, what the first branch gets, and shortcut, what its output is added to, through layer after layer.
+
+    PA's history begins with the shortcut.
+    """
+    xs = [shortcut]
+    for f, residual in zip(branches, residuals):
+        history = isinstance(residual, LAuReL_PA)
+        x = activation(residual(xs if history else xs[-1], f(x)))
+        xs = [*xs, x] if history else [x]  # without need no activation is kept at inference
+    return x

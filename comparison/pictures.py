@@ -1,0 +1,162 @@
+"""The pictures of a study."""
+
+import math
+import statistics
+from collections.abc import Callable
+from functools import partial
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # matplotlib takes a second to import
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+from comparison.files import replacing
+from comparison.report import summarize, title
+
+
+def draw(out: Path, config: dict, runs: list[dict]) -> list[Path]:
+    """accuracy.png, differences.png, parameters.png and learned.png, and the paths of those there is something for."""
+    import matplotlib  # here, as it takes a second to import
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    summary = [entry for entry in summarize(runs, config["against"]) if entry["accuracy"]]
+    runs = [run for run in runs if not run.get("diverged")]
+    by_model = {entry["model"]: [run for run in runs if run["model"] == entry["model"]] for entry in summary}
+    style = {
+        name: {"color": f"C{i % 10}", "marker": "osD^vPX*"[i % 8], "linestyle": ("-", "--", "-.", ":")[i % 4]}
+        for i, name in enumerate(by_model)
+    }
+    subplots = partial(plt.subplots, layout="constrained")
+    figures = {
+        "accuracy.png": draw_accuracy(subplots, by_model, style) if summary else None,
+        "differences.png": draw_differences(subplots, summary, config["against"]),
+        "parameters.png": draw_parameters(subplots, summary, config["against"], style),
+        "learned.png": draw_learned(subplots, by_model, style),
+    }
+    drawn = {out / name: figure for name, figure in figures.items() if figure}
+    for to, figure in drawn.items():
+        figure.suptitle(title(config), fontsize="small")
+        with replacing(to) as path:
+            figure.savefig(path, dpi=120)
+        plt.close(figure)
+    return list(drawn)
+
+
+def draw_accuracy(subplots: Callable, by_model: dict[str, list[dict]], style: dict) -> "Figure":
+    """Test accuracy over training time: mean and standard deviation over the seeds after each epoch."""
+    figure, axes = subplots(figsize=(8, 5))
+    for name, mine in by_model.items():
+        seconds = over_seeds([list(accumulate(e["seconds"] for e in run["history"])) for run in mine])[0]
+        mean, sd = over_seeds([[100 * e["test_accuracy"] for e in run["history"]] for run in mine])
+        axes.plot(seconds, mean, label=name, **style[name])
+        axes.fill_between(seconds, mean - sd, mean + sd, alpha=0.15, color=style[name]["color"])
+    axes.set(xlabel="training time (s)", ylabel="test accuracy (%)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return figure
+
+
+def draw_differences(subplots: Callable, summary: list[dict], against: str) -> "Figure | None":
+    """Differences to the model that the others are compared with: those of the seeds, their mean, its 95 % interval."""
+    tested = [entry for entry in reversed(summary) if entry["interval"]]
+    if not tested:
+        return None
+    figure, axes = subplots(figsize=(8, 1.5 + 0.4 * len(tested)))
+    for y, entry in enumerate(tested):
+        mean, (low, high) = statistics.mean(entry["difference"]), entry["interval"]
+        axes.plot(entry["difference"], [y] * len(entry["difference"]), "|", color="0.6", markersize=10)
+        fill = "black" if entry["p_holm"] < 0.05 else "white"
+        errors = [[mean - low], [high - mean]]
+        axes.errorbar(mean, y, xerr=errors, fmt="o", color="black", markerfacecolor=fill, capsize=4)
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(tested)), [entry["model"] for entry in tested])
+    axes.set(ylim=(-0.6, len(tested) - 0.4))
+    axes.set_xlabel(
+        f"difference to {against} in test accuracy (percentage points)\n"
+        "seeds, mean and its 95 % interval; filled: p < 0.05 after Holm's correction"
+    )
+    axes.grid(axis="x", alpha=0.3)
+    return figure
+
+
+def draw_parameters(subplots: Callable, summary: list[dict], against: str, style: dict) -> "Figure | None":
+    """Test accuracy over the parameters that a model adds, with the one that it is compared with as a band."""
+    base = next((entry for entry in summary if entry["model"] == against), None)
+    added = [entry for entry in summary if entry["added"] and entry["added"] > 0]
+    if not base or not added:
+        return None
+    figure, axes = subplots(figsize=(8, 5))
+    mean, sd = over_seeds([[value] for value in base["accuracy"]])
+    axes.axhline(mean[0], color="0.4", linestyle="--", label=against)
+    axes.axhspan(mean[0] - sd[0], mean[0] + sd[0], color="0.85")
+    for entry in added:
+        mean, sd = over_seeds([[value] for value in entry["accuracy"]])
+        look = style[entry["model"]] | {"linestyle": "none"}
+        axes.errorbar(entry["added"], mean[0], yerr=sd[0], capsize=4, label=entry["model"], **look)
+    axes.set(xscale="log", xlabel=f"parameters added to those of {against}", ylabel="test accuracy (%)")
+    axes.grid(alpha=0.3)
+    how = "mean ± standard deviation" if max(len(entry["accuracy"]) for entry in summary) > 1 else None
+    axes.legend(title=how, loc="center left", bbox_to_anchor=(1, 0.5))  # beside the panel, over no error bar
+    return figure
+
+
+def draw_learned(subplots: Callable, by_model: dict[str, list[dict]], style: dict) -> "Figure | None":
+    """α and β by layer, mean and standard deviation; γ by layer and activation, mean over the seeds."""
+    learned = [values for runs in by_model.values() for run in runs for values in run["learned"].values()]
+    layers = sorted({layer for values in learned for layer in values}, key=lambda layer: [*map(int, layer.split("."))])
+    if not layers:
+        return None
+
+    def by_layer(runs: list[dict], key: str) -> tuple:
+        return over_seeds([[run["learned"][key].get(layer, math.nan) for layer in layers] for run in runs])
+
+    def nothing(panel: "Axes", symbol: str) -> None:
+        panel.text(0.5, 0.5, f"no model here learns {symbol}", ha="center", transform=panel.transAxes)
+        panel.set_axis_off()
+
+    figure, (*lines, heat) = subplots(1, 3, figsize=(14, 4.5))
+    rotation = 90 if len(layers) > 9 else 0
+    for panel, symbol, key in zip(lines, "αβ", ("alpha", "beta")):
+        for name, runs in by_model.items():
+            if any(key in run["learned"] for run in runs):
+                mean, sd = by_layer(runs, key)
+                panel.errorbar(layers, mean, yerr=sd, capsize=3, label=name, **style[name])
+        panel.set(xlabel="layer (stage.layer)", ylabel=symbol)
+        panel.tick_params(axis="x", rotation=rotation)
+        panel.grid(alpha=0.3)
+        if panel.has_data():
+            panel.legend(fontsize="small")
+        else:
+            nothing(panel, symbol)
+    rows = {
+        f"{name} γ{key[6:-1]}": by_layer(runs, key)[0]
+        for name, runs in by_model.items()
+        for key in runs[0]["learned"]
+        if key.startswith("gamma")
+    }
+    if rows:
+        image = heat.imshow(list(rows.values()), cmap="Greys", aspect="auto")
+        middle = sum(image.get_clim()) / 2
+        for y, row in enumerate(rows.values()):
+            for x, value in enumerate(row):
+                if not math.isnan(value):
+                    color = "white" if value > middle else "black"
+                    heat.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=6, color=color)
+        heat.set_yticks(range(len(rows)), list(rows), fontsize="small")
+        heat.set_xticks(range(len(layers)), layers, rotation=rotation)
+        heat.set(xlabel="layer (stage.layer)", title="γ, mean over seeds")
+        figure.colorbar(image, ax=heat)
+    else:
+        nothing(heat, "γ")
+    return figure
+
+
+def over_seeds(values: list[list[float]]) -> tuple:
+    """Mean and standard deviation of each column, as arrays; 0 for the latter where there is one seed."""
+    import numpy as np
+
+    array = np.array(values)
+    return array.mean(axis=0), array.std(axis=0, ddof=1) if len(array) > 1 else np.zeros(array.shape[1])

@@ -1,0 +1,62 @@
+import weakref
+
+import pytest
+import torch
+
+import TrainUtil
+from comparison.models import Model, residual_layers
+from comparison.networks import SmallCNN
+
+
+def test_parameters_added_to_the_language_model_of_table_5():
+    """24 layers, D = 768, r = 32, k = 3, one block a layer: 1.20M for LR and 3.63M for RW+LR+PA, of rounded totals."""
+    for name, paper in (("lr@32", 1.20e6), ("rw+lr+pa@32/3", 3.63e6)):
+        block = Model.parse(name).residual(768, available=3, channel_dim=-1)
+        assert 24 * sum(p.numel() for p in block.parameters()) == pytest.approx(paper, rel=0.03)
+
+
+@pytest.mark.parametrize(("name", "most"), [("residual", 2), ("rw+lr", 2), ("pa/2", 9)])
+def test_only_pa_keeps_activations_at_inference(name, most):
+    alive, counts = weakref.WeakSet(), []
+
+    def branch(x):
+        alive.add(x)
+        counts.append(len(alive))
+        return x.cos()
+
+    residuals = [Model.parse(name).residual(4, available=i + 1, channel_dim=-1) for i in range(9)]
+    with torch.inference_mode():
+        x = torch.zeros(2, 4)
+        residual_layers(x, x, [branch] * 9, residuals)
+    assert max(counts) <= most
+    assert (max(counts) == 9) == name.startswith("pa")
+
+
+def test_a_models_name_sets_the_arguments_of_its_blocks():
+    blocks = {
+        name: Model.parse(name).residual(8, available=3, channel_dim=1)
+        for name in (
+            "rw:bound=none",
+            "rw:scale=1,bound=sigmoid",
+            "rw:dim=D",
+            "rw+lr@2:init=orthogonal,scale=0.5",
+            "pa/2:rank=none",
+            "pa:shared=false",
+        )
+    }
+    unbounded, sigmoid, vectors, lr, identity, apart = blocks.values()
+    assert unbounded.bound == "none"
+    assert (sigmoid.scale, sigmoid.bound, sigmoid.dim) == (1, "sigmoid", None)
+    assert vectors.w.shape == (16,)
+    assert (lr.init, lr.scale, lr.rank, lr.residual_weights) == ("orthogonal", 0.5, 2, True)
+    assert (identity.rank, identity.k) == (None, 2)
+    assert apart.A.shape[0] == 3
+    assert Model.parse("rw+lr:decay=0.1").decay == 0.1
+
+
+def test_weight_decay_in_a_models_name_is_its_blocks_alone(data):
+    net = SmallCNN(Model.parse("rw+lr"), 0, data)
+    _, adam = TrainUtil.optimizers(net, TrainUtil.Recipe(block_decay=0.1))
+    decayed = [id(p) for group in adam.param_groups for p in group["params"] if group["weight_decay"] == 0.1]
+    assert sorted(decayed) == sorted(id(p) for stage in net.stages for p in stage.residuals.parameters())
+    assert {group["weight_decay"] for group in adam.param_groups} == {0.0, 0.1}

@@ -1,0 +1,82 @@
+import json
+import shutil
+
+import pytest
+from script import CONFIG, PICTURES, ROOT, runs_of
+
+import Test
+from comparison.pictures import draw
+from comparison.report import summarize
+
+STORED = sorted(path.parent for path in (ROOT / "results").glob("*/results.json"))
+
+
+@pytest.mark.parametrize("study", STORED, ids=lambda path: path.name)
+def test_every_stored_study_can_be_drawn_again_from_its_file_alone(study, tmp_path, capsys):
+    shutil.copy(study / "results.json", tmp_path)
+    assert Test.main(["--draw", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    for name in json.loads((study / "results.json").read_text())["config"]["models"]:
+        assert f"| {name} " in printed
+    drawn = {path.name for path in tmp_path.glob("*.png")}
+    assert drawn == {path.name for path in study.glob("*.png")}
+    for name in drawn:
+        assert str(tmp_path / name) in printed.replace("\n", "")
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_pictures_show_the_numbers_of_the_table(tmp_path, monkeypatch):
+    """Rows of a forest plot, points and intervals; curves with their means; axes with units."""
+    import matplotlib.pyplot as plt
+
+    figures = []
+    monkeypatch.setattr(plt, "close", figures.append)
+    base, rw = [0.870, 0.872, 0.868], [0.881, 0.882, 0.876]
+    history = [[{"seconds": 2.0, "test_accuracy": a - 0.1}, {"seconds": 3.0, "test_accuracy": a}] for a in base + rw]
+    values = [{}] * 3 + [
+        {"alpha": {"1.1": a}, "beta": {"1.1": 2 - a}, "gamma[0]": {"1.1": 5.0}} for a in (1.0, 1.1, 1.2)
+    ]
+    runs = runs_of({"residual": base, "rw": rw})
+    runs = [{**run, "history": h, "learned": v} for run, h, v in zip(runs, history, values)]
+    runs[3]["parameters"] = runs[4]["parameters"] = runs[5]["parameters"] = 110
+    assert [path.name for path in draw(tmp_path, {**CONFIG, "seeds": 3}, runs)] == list(PICTURES)
+    accuracy, differences, parameters, learned = (figure.axes for figure in figures)
+    assert accuracy[0].get_xlabel() == "training time (s)"
+    assert accuracy[0].get_ylabel() == "test accuracy (%)"
+    lines = {line.get_label(): line for line in accuracy[0].lines}
+    assert list(lines["rw"].get_xdata()) == [2.0, 5.0]
+    assert lines["rw"].get_ydata() == pytest.approx([100 * (sum(rw) / 3 - 0.1), 100 * sum(rw) / 3])
+    assert len({(line.get_marker(), line.get_linestyle()) for line in lines.values()}) == 2
+    entry = summarize(runs)[1]
+    (bar,) = differences[0].collections
+    (segment,) = bar.get_segments()
+    assert segment[:, 0] == pytest.approx(entry["interval"])
+    assert [text.get_text() for text in differences[0].get_yticklabels()] == ["rw"]
+    assert "percentage points" in differences[0].get_xlabel()
+    assert parameters[0].get_xlabel() == "parameters added to those of residual"
+    assert 100.0 in [line.get_xdata()[0] for line in parameters[0].lines]
+    alpha, beta, heat = learned[:3]
+    assert (alpha.get_ylabel(), beta.get_ylabel()) == ("α", "β")
+    assert alpha.lines[0].get_ydata() == pytest.approx([1.1])
+    assert beta.lines[0].get_ydata() == pytest.approx([0.9])
+    assert heat.images[0].get_array().tolist() == [[5.0]]
+
+
+def test_drawing_without_a_study(tmp_path, capsys):
+    assert Test.main(["--draw", str(tmp_path)]) == 2
+    assert str(tmp_path / "results.json") in capsys.readouterr().err
+    (tmp_path / "results.json").write_text(json.dumps({"config": CONFIG, "runs": []}))
+    assert Test.main(["--draw", str(tmp_path)]) == 2
+    assert "no run has finished" in capsys.readouterr().err
+
+
+def test_a_study_can_be_drawn_against_another_model(finished, tmp_path, capsys):
+    shutil.copy(finished[1] / "results.json", tmp_path)
+    before = (tmp_path / "results.json").read_bytes()
+    assert Test.main(["--draw", str(tmp_path), "--against", "rw"]) == 0
+    assert "difference to rw" in capsys.readouterr().out
+    assert (tmp_path / "results.json").read_bytes() == before
+    assert Test.main(["--draw", str(tmp_path), "--against", "lr"]) == 2
+    error = capsys.readouterr().err
+    assert "--against lr" in error
+    assert "residual, rw, rw+lr+pa@4/2" in error

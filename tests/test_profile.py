@@ -1,0 +1,83 @@
+import json
+import subprocess
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from script import run
+
+import Test
+from comparison.models import MODELS
+from comparison.profile import flops, interleave, networks, profile_table, saved_bytes
+
+
+@pytest.fixture(scope="module")
+def profiled(tmp_path_factory) -> tuple[subprocess.CompletedProcess, Path]:
+    out = tmp_path_factory.mktemp("profile")
+    small = ("--seconds", "1", "--gpt", "64", "2", "16", "2", "--batch-size", "8")
+    return run("--profile", *small, "--models", "rw", "pa/2", "--precision", "float32", "--out", str(out)), out
+
+
+def test_profile_measures_every_model_in_the_same_rounds(profiled):
+    done, out = profiled
+    assert done.returncode == 0, done.stderr
+    networks = json.loads((out / "profile.json").read_text())["networks"]
+    cnn, gpt = networks.values()
+    assert [entry["model"] for entry in cnn] == ["residual", "rw", "pa/2"]
+    assert [entry["model"] for entry in gpt] == ["residual", "rw", "pa/2"]
+    for costs in networks.values():
+        for name in ("step_seconds", "inference_1_seconds", "inference_128_seconds"):
+            rounds = {len(entry[name]) for entry in costs}
+            assert len(rounds) == 1
+            assert rounds.pop() >= 3
+        for entry in costs:
+            assert entry["peak_bytes"] is None
+            assert f"{entry['parameters']:,}" in done.stdout
+            assert entry["flops"] >= costs[0]["flops"]
+    assert gpt[1]["saved_bytes"] > 1.05 * gpt[0]["saved_bytes"]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "measured"), [("both", ["small CNN", "GPT"]), ("cnn", ["small CNN"]), ("gpt", ["GPT"])]
+)
+def test_profile_measures_the_networks_that_are_asked_for(chosen, measured, tmp_path, monkeypatch):
+    monkeypatch.setattr("comparison.profile.measure", lambda models, example, batch, options: list(models))
+    options = Test.parse(["--profile", "--network", chosen, "--gpt", "64", "1", "8", "2", "--out", str(tmp_path)])
+    measure = {network.split(",")[0]: names for network, names in networks(options)}
+    assert list(measure) == measured
+    for network, names in measure.items():
+        assert names == list(MODELS), network
+
+
+def test_profile_shows_medians_of_ratios_within_a_round():
+    base = {"model": "residual", "parameters": 9, "flops": 2e9, "saved_bytes": 4e6, "peak_bytes": None}
+    other = {**base, "model": "rw", "parameters": 10, "flops": 3e9, "saved_bytes": 5e6}
+    for name in ("step_seconds", "inference_1_seconds", "inference_128_seconds"):
+        base[name], other[name] = [1.0, 2.0, 4.0, 8.0, 16.0], [1.1, 2.4, 5.2, 11.2, 24.0]  # a machine that slows down
+    table = profile_table({"device_name": "", "precision": "", "compile": False}, "GPT", [base, other])
+    rows = list(zip(*(column.cells for column in table.columns)))
+    assert rows[0][1:5] == ("9", "2 GFLOP", "4000 ms", "4000 ms")
+    assert rows[1][1:4] == ("10", "1.5000", "1.300 (1.150–1.450)")
+    assert rows[1][6:] == ("1.2500", "1.000", "1.024")  # and what table 5 has
+
+
+def test_interleaving_lets_every_function_begin_a_round():
+    calls = []
+    functions = {name: partial(calls.append, name) for name in "ABC"}
+    times = interleave(functions, 0.0, torch.device("cpu"))
+    assert {len(each) for each in times.values()} == {3}
+    assert "".join(calls) == "ABC" + "ABC" + "BCA" + "CAB"
+
+
+def test_saved_bytes_count_a_storage_once_and_no_parameters():
+    linear = torch.nn.Linear(3, 5, bias=False)
+    x = torch.ones(7, 3)
+    assert saved_bytes(linear, lambda: linear(x)) == 7 * 3 * 4  # x; the weight is a parameter
+    y = torch.ones(7, 5, requires_grad=True)
+    assert saved_bytes(linear, lambda: y * y.view(5, 7).view(7, 5)) == 7 * 5 * 4
+
+
+def test_flops_of_a_training_step():
+    linear, x = torch.nn.Linear(3, 5, bias=False), torch.ones(7, 3, requires_grad=True)
+    assert flops(lambda: linear(x).sum().backward()) == 3 * 2 * 7 * 3 * 5  # forward, and two products backward

@@ -1,0 +1,353 @@
+import hashlib
+import io
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from script import POSIX, ROOT, STUDY, SYNTHETIC, numbers, run
+
+import Test
+import TrainUtil
+from comparison.device import out_of_memory
+from comparison.files import PARTIAL
+from comparison.networks import ARCHS, SmallCNN
+
+resource = pytest.importorskip("resource") if os.name == "posix" else None
+
+
+def test_what_has_finished_is_read_and_not_repeated(finished, tmp_path, capsys):
+    out = shutil.copytree(finished[1], tmp_path / "out")
+    before = json.loads((out / "results.json").read_text())["runs"]
+    options = [*SYNTHETIC, "--models", "residual", "rw", "rw+lr+pa@4/2", "--seeds", "2", "--out", str(out)]
+    assert Test.main(options) == 0
+    printed = capsys.readouterr().out
+    assert "6 of 6 runs are in" in printed
+    assert "images/s," not in printed
+    assert json.loads((out / "results.json").read_text())["runs"] == before
+    assert Test.main([*SYNTHETIC, "--models", "lr", "residual", "--seeds", "3", "--out", str(out)]) == 0
+    assert "2 of 6 runs are in" in capsys.readouterr().out
+    after = json.loads((out / "results.json").read_text())
+    assert [run for run in after["runs"] if run in before] == before
+    assert len(after["runs"]) == 6 + 3 + 1
+    assert after["config"]["models"] == ["residual", "rw", "rw+lr+pa@4/2", "lr"]
+
+
+OTHERS = "--epochs 2,--batch-size 50,--limit 300,--arch wide,--hold-out 9,--threads 7,--precision float32,--compile"
+
+
+@pytest.mark.parametrize("options", [each.split() for each in OTHERS.split(",")], ids=" ".join)
+def test_a_study_with_other_options_is_refused(options, finished, tmp_path, capsys):
+    out = shutil.copytree(finished[1], tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    assert Test.main([*SYNTHETIC, *options, "--out", str(out)]) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1
+    for part in (*options, str(out)):
+        assert part in error
+    assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
+
+
+def test_a_study_with_another_recipe_is_refused(finished, tmp_path, monkeypatch, capsys):
+    out = shutil.copytree(finished[1], tmp_path / "out")
+    monkeypatch.setattr(TrainUtil, "Recipe", partial(TrainUtil.Recipe, lr=0.5))
+    assert Test.main([*SYNTHETIC, "--out", str(out)]) == 2
+    assert "recipe.lr 0.01, not 0.5" in capsys.readouterr().err
+
+
+def test_what_the_others_are_compared_with_must_be_there(finished, tmp_path, capsys):
+    out = shutil.copytree(finished[1], tmp_path / "out")
+    assert Test.main([*SYNTHETIC, "--models", "residual", "--against", "pa", "--out", str(out)]) == 2
+    error = capsys.readouterr().err
+    assert "--against pa must be one of the models: residual, rw, rw+lr+pa@4/2" in error
+    assert Test.main([*SYNTHETIC, "--models", "residual", "--against", "rw", "--out", str(out)]) == 0
+    assert "difference to rw" in capsys.readouterr().out
+    assert Test.main([*SYNTHETIC, "--models", "residual", "--out", str(out)]) == 0
+    assert "difference to rw" in capsys.readouterr().out  # as the study had it
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"config": [], "runs": []}', '{"config": {"models": '])
+def test_results_that_are_none_are_left_alone(text, tmp_path, capsys):
+    (tmp_path / "results.json").write_text(text)
+    assert Test.main([*SYNTHETIC, "--out", str(tmp_path)]) == 2
+    assert str(tmp_path / "results.json") in capsys.readouterr().err
+    assert (tmp_path / "results.json").read_text() == text
+
+
+def test_a_second_process_on_one_folder_is_refused(tmp_path, capsys):
+    command = [sys.executable, str(ROOT / "Test.py"), *STUDY, "--epochs", "50", "--out", str(tmp_path)]
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        first.stdout.readline()
+        second = run(*STUDY, "--epochs", "50", "--out", str(tmp_path))
+        assert first.poll() is None
+    finally:
+        first.kill()
+        first.communicate()
+    assert second.returncode == 2
+    assert "in use by another process" in second.stderr
+    assert second.stdout == ""
+    json.loads((tmp_path / "results.json").read_text())
+
+
+@POSIX
+def test_killed_at_random_moments_a_study_ends_with_the_same_bits(uninterrupted, tmp_path):
+    generator = random.Random(0)
+    kills, studies = 0, 0
+    while kills < 20:
+        out = tmp_path / str(studies)
+        command = [sys.executable, str(ROOT / "Test.py"), *STUDY, "--out", str(out)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        if generator.random() < 0.5:
+            process.stdout.readline()  # what comes before the first epoch has ended takes most of the time
+        try:
+            process.communicate(timeout=generator.uniform(0, 3))
+            assert process.returncode == 0
+            assert numbers(out) == uninterrupted
+            studies += 1
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            kills += 1
+    assert run(*STUDY, "--out", str(out)).returncode == 0
+    assert numbers(out) == uninterrupted
+    assert not list(out.rglob(PARTIAL + "*"))
+    assert not (out / "checkpoints").exists()
+
+
+@POSIX
+def test_killed_while_a_file_is_written_a_study_ends_with_the_same_bits(uninterrupted, tmp_path):
+    """In the n-th write, before it is flushed and before it is renamed, until a run gets to its end."""
+    program = """if True:
+        import os, signal, sys, Test
+        name, n = sys.argv[1], int(sys.argv[2])
+        original, calls = getattr(os, name), 0
+
+        def kill(*args):
+            global calls
+            calls += 1
+            if calls == n:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*args)
+
+        setattr(os, name, kill)
+        sys.exit(Test.main(sys.argv[3:]))
+    """
+    codes = []
+    for name, n in [
+        ("fsync", 1),
+        ("replace", 1),
+        ("fsync", 3),
+        ("replace", 4),
+        ("fsync", 6),
+        ("replace", 6),
+        ("fsync", 99),
+    ]:
+        command = [sys.executable, "-c", program, name, str(n), *STUDY, "--out", str(tmp_path)]
+        codes.append(subprocess.run(command, cwd=ROOT, capture_output=True).returncode)
+    assert codes == 6 * [-signal.SIGKILL] + [0]
+    assert numbers(tmp_path) == uninterrupted
+    assert not list(tmp_path.rglob(PARTIAL + "*"))
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_checkpoint_of_a_study_that_is_gone_is_not_used(half_finished, uninterrupted, tmp_path, capsys):
+    (tmp_path / "results.json").unlink()
+    capsys.readouterr()
+    assert Test.main([*STUDY, "--out", str(tmp_path)]) == 0
+    assert "[1/4] residual, seed 0, epoch 1/3" in capsys.readouterr().out
+
+
+@pytest.fixture
+def half_finished(tmp_path, monkeypatch, uninterrupted) -> Path:
+    """A study that was stopped after the second epoch of its first run; its checkpoint."""
+
+    def stop(checkpoint, parts, history):
+        save(checkpoint, parts, history)
+        if len(history) == 2:
+            raise KeyboardInterrupt
+
+    save = TrainUtil.save
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainUtil, "save", stop)
+        assert Test.main([*STUDY, "--out", str(tmp_path)]) == 130
+    (checkpoint,) = (tmp_path / "checkpoints").iterdir()
+    return checkpoint
+
+
+@pytest.mark.parametrize("damage", ["none", "cut short", "empty", "one bit", "code", "other weights", "other shape"])
+def test_a_damaged_checkpoint_is_set_aside(damage, half_finished, uninterrupted, tmp_path, capsys):
+    content = half_finished.read_bytes()
+    ran = tmp_path / "ran"
+
+    class Code:
+        def __reduce__(self):
+            return Path.touch, (ran,)
+
+    def saved(state, digest=None) -> bytes:
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        return (digest or hashlib.sha256(buffer.getvalue()).digest()) + buffer.getvalue()
+
+    state = torch.load(io.BytesIO(content[32:]), weights_only=True)
+    if damage == "cut short":
+        content = content[: len(content) // 2]
+    elif damage == "empty":
+        content = b""
+    elif damage == "one bit":
+        middle = len(content) // 2
+        content = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+    elif damage == "code":
+        content = saved({"parts": Code(), "history": []})
+    elif damage == "other weights":
+        state["parts"][0]["classifier.weight"].zero_()
+        content = saved(state, content[:32])
+    elif damage == "other shape":
+        state["parts"][0]["classifier.weight"] = torch.zeros(10, 64)
+        content = saved(state)
+    half_finished.write_bytes(content)
+    capsys.readouterr()
+    assert Test.main([*STUDY, "--out", str(tmp_path)]) == 0
+    captured = capsys.readouterr()
+    assert numbers(tmp_path) == uninterrupted
+    assert not ran.exists()
+    aside = half_finished.with_suffix(".damaged")
+    if damage == "none":
+        assert captured.err == ""
+        assert "epoch 1/3" not in captured.out.split("[2/4]")[0]
+    else:
+        assert f"{half_finished} is damaged" in captured.err
+        assert "Traceback" not in captured.err
+        assert aside.exists()
+        assert "epoch 1/3" in captured.out.split("[2/4]")[0]
+
+
+def test_a_run_that_diverges_is_recorded_and_the_others_go_on(tmp_path, monkeypatch, capsys):
+    def build(model, seed, data):
+        net = SmallCNN(model, seed, data)
+        if (model.name, seed) == ("rw", 1):
+            net.classifier.weight.register_hook(lambda grad: grad * math.inf)
+        return net
+
+    monkeypatch.setitem(ARCHS, "small", build)
+    options = [*SYNTHETIC, "--epochs", "3", "--models", "residual", "rw", "lr", "--seeds", "2", "--out", str(tmp_path)]
+    assert Test.main(options) == 0
+    printed = capsys.readouterr().out
+    runs = {(run["model"], run["seed"]): run for run in json.loads((tmp_path / "results.json").read_text())["runs"]}
+    assert len(runs) == 6
+    assert [key for key, run in runs.items() if run["diverged"]] == [("rw", 1)]
+    bad = runs["rw", 1]
+    assert bad["diverged"] == len(bad["history"]) == bad["epochs"] == 1
+    assert bad["history"][0]["train_loss"] is None
+    assert "rw, seed 1, epoch 1/3, diverged" in printed
+    assert "(1 of 2 seeds, 1 diverged)" in printed
+    assert Test.main(options) == 0  # and is not tried again
+    assert "6 of 6" in capsys.readouterr().out
+
+
+def test_a_study_of_nothing_but_diverged_runs_is_shown_too(tmp_path, monkeypatch, capsys):
+    def build(model, seed, data):
+        net = SmallCNN(model, seed, data)
+        with torch.no_grad():
+            net.stages[0].residuals[0].w.fill_(math.inf)
+        return net
+
+    monkeypatch.setitem(ARCHS, "small", build)
+    assert Test.main([*SYNTHETIC, "--models", "rw", "--out", str(tmp_path)]) == 0
+    assert "(0 of 1 seeds, 1 diverged)" in capsys.readouterr().out
+    text = (tmp_path / "results.json").read_text()
+    assert "NaN" not in text
+    assert json.loads(text)["runs"][0]["diverged"] == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (MemoryError(), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"), True),
+        (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 1 bytes"), True),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+    ],
+)
+def test_out_of_memory_is_told_from_other_errors(error, expected):
+    assert out_of_memory(error) == expected
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the memory of a process")
+def test_out_of_memory_names_the_model_and_what_to_try(tmp_path):
+    def limit():
+        resource.setrlimit(resource.RLIMIT_DATA, (2 << 30, 2 << 30))
+
+    options = (
+        "--dataset",
+        "synthetic",
+        "--models",
+        "rw",
+        "--arch",
+        "wide",
+        "--batch-size",
+        "5000",
+        "--precision",
+        "float32",
+    )
+    done = run(*options, "--out", str(tmp_path), preexec_fn=limit)
+    assert done.returncode == 1, done.stderr
+    for part in ("rw, seed 0", "out of memory", "--batch-size 5000", "smaller"):
+        assert part in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@POSIX
+@pytest.mark.parametrize("size", [100_000, 5_000])
+def test_a_full_disk_ends_with_what_was_computed(size, finished, tmp_path):
+    """A limit to the size of files: below that of a checkpoint, and below that of results.json with some runs in it."""
+    out = shutil.copytree(finished[1], tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+    options = ("--models", "residual", "rw", "rw+lr+pa@4/2", "--seeds", "3", "--out", str(out))
+    done = run(*SYNTHETIC, *options, preexec_fn=limit)
+    assert done.returncode == 1
+    assert "File too large" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert re.search(r"\| rw +\|", done.stdout)
+    after = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    if size == 5_000:
+        assert after == before
+    assert json.loads(after["results.json"])["runs"] == json.loads(before["results.json"])["runs"]
+    assert run(*SYNTHETIC, *options).returncode == 0
+    assert len(json.loads((out / "results.json").read_text())["runs"]) == 9
+
+
+@POSIX
+def test_a_folder_that_is_read_only_is_an_error_before_any_work(tmp_path, capsys, monkeypatch):
+    tmp_path.chmod(0o555)
+    for folder in tmp_path.parents:
+        if folder.stat().st_uid == os.getuid() and folder != Path("/"):
+            folder.chmod(folder.stat().st_mode | 0o055)  # pytest's folders are their owner's alone
+    root = os.geteuid() == 0
+    try:
+        if root:
+            os.seteuid(65534)
+        assert Test.main([*SYNTHETIC, "--out", str(tmp_path)]) == 2
+    finally:
+        if root:
+            os.seteuid(0)
+    captured = capsys.readouterr()
+    assert "Permission denied" in captured.err
+    assert str(tmp_path) in captured.err
+    assert len(captured.err.splitlines()) == 1
+    assert captured.out == ""

@@ -1,0 +1,140 @@
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from script import SYNTHETIC, results, torchrun
+
+import Test
+
+TOGETHER = (*SYNTHETIC, "--limit", "200", "--device", "cpu", "--precision", "float32", "--arch", "vit")
+
+
+TOGETHER += ("--models", "residual", "rw+lr+pa", "--threads", "1")
+
+
+def workers(torchrun: int) -> list[int]:
+    """The processes of a torchrun, in order of their rank."""
+    listed = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(torchrun)], capture_output=True, text=True).stdout
+    return sorted(int(line.split()[0]) for line in listed.splitlines() if "Test.py" in line)
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory) -> tuple[subprocess.CompletedProcess, Path]:
+    out = tmp_path_factory.mktemp("together")
+    command = torchrun(*TOGETHER, "--epochs", "3", "--out", str(out))
+    return subprocess.run(command, capture_output=True, text=True, encoding="utf-8"), out
+
+
+def test_torchrun_gives_the_numbers_of_one_process_once(together, tmp_path):
+    done, out = together
+    assert done.returncode == 0, done.stderr
+    assert len(re.findall("epoch 3/3", done.stdout)) == 2  # of two models: the first process alone prints
+    assert done.stdout.count("2 processes") == 1
+    assert Test.main([*TOGETHER, "--epochs", "3", "--out", str(tmp_path)]) == 0
+    for mine, one in zip(results(out), results(tmp_path)):
+        losses = ([entry["train_loss"] for entry in run["history"]] for run in (mine, one))
+        torch.testing.assert_close(*losses, rtol=1e-4, atol=0)
+        assert mine["parameters"] == one["parameters"]
+    assert json.loads((out / "results.json").read_text())["config"]["processes"] == 2
+    assert Test.main([*TOGETHER, "--epochs", "3", "--out", str(out)]) == 2  # another number of processes
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler on the CPU")
+def test_torchrun_compiles_and_accumulates_without_changing_the_losses(together, tmp_path):
+    more = ("--epochs", "3", "--models", "rw+lr+pa", "--compile", "--accumulate", "2", "--out", str(tmp_path))
+    done = subprocess.run(torchrun(*TOGETHER, *more), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    losses = (
+        [entry["train_loss"] for entry in runs[-1]["history"]] for runs in (results(tmp_path), results(together[1]))
+    )
+    torch.testing.assert_close(*losses, rtol=1e-4, atol=0)
+    assert results(tmp_path)[0]["compile_seconds"] > 0
+
+
+@pytest.mark.skipif(shutil.which("ps") is None, reason="needs ps to find the processes")
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_of_torchrun_that_dies_ends_the_run(rank, tmp_path):
+    command = torchrun(*TOGETHER, "--epochs", "1000", "--models", "residual", "--out", str(tmp_path))
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        for line in process.stdout:
+            if "epoch 2/1000" in line:
+                os.kill(workers(process.pid)[rank], signal.SIGKILL)
+                break
+        _, errors = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode != 0
+    assert "SIGKILL" in errors
+    assert results(tmp_path) == []  # and can be read
+
+
+@pytest.mark.skipif(shutil.which("ps") is None, reason="needs ps to find the processes")
+@pytest.mark.parametrize("machines", [1, 2])
+def test_torchruns_restart_goes_on_from_the_checkpoint(machines, together, tmp_path):
+    command = torchrun(*TOGETHER, "--epochs", "3", "--out", str(tmp_path), restarts=1)
+    if machines == 2:  # what each of them would run
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            at = f"--rdzv-endpoint=localhost:{free.getsockname()[1]}"
+        command[3:5] = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", at]
+    environment = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": str(machines - 1)}
+    output, end = os.pipe()
+    pipes = {"stdout": end, "stderr": subprocess.STDOUT, "env": environment}
+    agents = [subprocess.Popen(command, **pipes) for _ in range(machines)]
+    os.close(end)
+    printed, killed = [], False
+    try:
+        with open(output) as lines:
+            for line in lines:
+                printed.append(line)
+                if "rw+lr+pa, seed 0, epoch 1/3" in line and not killed:
+                    os.kill(workers(agents[-1].pid)[-1], signal.SIGKILL)
+                    killed = True
+        assert [agent.wait() for agent in agents] == [0] * machines, printed
+    finally:
+        for agent in agents:
+            agent.kill()
+    assert "1 of 2 runs are in" in "".join(printed)
+    for mine, whole in zip(results(tmp_path), results(together[1]), strict=True):
+        assert mine["weights_sha256"] == whole["weights_sha256"]
+
+
+def test_restarts_over_several_machines_need_a_store_that_is_not_kept_over_them(tmp_path, monkeypatch, capsys):
+    together = {"RUN_ID": "1", "MAX_RESTARTS": "1", "USE_AGENT_STORE": "True"}
+    started = {f"TORCHELASTIC_{name}": value for name, value in together.items()}
+    for name, value in {**started, "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit):
+        Test.parse(["--out", str(tmp_path)])
+    assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in capsys.readouterr().err
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")
+    Test.parse(["--out", str(tmp_path), "--device", "cpu"])
+
+
+@pytest.mark.parametrize(
+    ("options", "restarts", "part"),
+    [
+        (["--parallel", "2"], 0, "no --parallel"),
+        (["--profile"], 0, "no --profile"),
+        ([], 1, "name the folder with --out"),
+        (["--models", "nothing"], 0, "'nothing'"),
+        (["--dataset", "imagefolder", "--data-dir", "/nowhere", "--out"], 0, "/nowhere/train"),
+    ],
+    ids=str,
+)
+def test_what_torchrun_cannot_do_is_said_once(options, restarts, part, tmp_path):
+    if options[-1:] == ["--out"]:
+        options = [*options, str(tmp_path / "out")]
+    done = subprocess.run(torchrun(*options, restarts=restarts), capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode != 0
+    said = [line for line in done.stderr.splitlines() if part in line]
+    assert len(said) == 1 + restarts
+    assert "Traceback" not in done.stderr.partition(said[-1])[0]
