@@ -1,46 +1,51 @@
 """Compares the plain residual connection with LAuReL, LAuReL-LR and LAuReL-PA: by default in small CNNs on CIFAR-10.
 
-`python Test.py` trains four models on all of CIFAR-10 and leaves a table and two pictures; `--help` has the rest.
+`python Test.py` trains four models on all of CIFAR-10 and leaves a table and pictures; `--help` has the rest. The way
+through this file: options, data, models, training, table and pictures.
 """
 
 import argparse
-import multiprocessing
+import importlib
 import os
 import re
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
+from inspect import getdoc
 from pathlib import Path
 
 import filelock
-import rich
-import rich.box
 import torch
 from torchvision.datasets import CIFAR10, CIFAR100
 
 import TrainUtil
-from comparison.console import DataError, Monitor, RefusedError, RunError
+from comparison.console import Monitor, UserError, print_table, say, set_up_output
 from comparison.data import synthetic
 from comparison.device import cores, default_precision, keep_memory, out_of_memory
-from comparison.distributed import agent_store, agree, first_process, launched, process_group, processes
+from comparison.distributed import agent_store, broadcast, first_process, launched, leave, process_group
+from comparison.files import write_json
 from comparison.folder import Data, Folder, load_folder
 from comparison.models import MODELS, Model
-from comparison.networks import ARCHS, learned
+from comparison.networks import ARCHS, build, learned
+from comparison.parallel import run_all
 from comparison.pictures import draw
-from comparison.profile import profile
+from comparison.profile import cnn, gpt, measure, profile_table
 from comparison.report import table
 from comparison.sources import load_cifar
-from comparison.study import check_against, checkpoint, configuration, earlier_runs, read_results, tidy, write_results
+from comparison.study import Study, check_against, checkpoint_path, configuration
+from LAuReL import LAuReL
+
+LAuReL_LR = importlib.import_module("LAuReL-LR").LAuReL_LR
+LAuReL_PA = importlib.import_module("LAuReL-PA").LAuReL_PA
 
 EXAMPLES = f"""\
 models: {", ".join(MODELS)}
+  rw  {getdoc(LAuReL).partition(chr(10))[0]}
+  lr  {getdoc(LAuReL_LR).partition(chr(10))[0]}
+  pa  {getdoc(LAuReL_PA).partition(chr(10))[0]}
   lr@8 sets the rank, pa/5 sets k, rw+lr+pa@16/3 both; the defaults are 16 and 3
   rw:dim=D has α and β for each channel; bound=, scale=, init=, shared= and rank=none set a block's other arguments
   in the same way, and decay=0.1 weight decay on its parameters: rw+lr@8:scale=1,init=orthogonal
@@ -51,7 +56,7 @@ longer training, residual, mean of three seeds on 2 CPU cores with bfloat16: 87.
 
 examples:
   python Test.py                                        residual, rw, lr and pa, one seed
-  python Test.py --models residual rw+lr deeper --seeds 10 --out runs/study    again: goes on where it was stopped
+  python Test.py --models residual rw+lr deeper --seeds 10 --out runs/study    again: resumes it where it was stopped
   python Test.py --draw runs/study                      its table and pictures, from its files alone
   python Test.py --models residual --epochs 15          longer training, higher accuracy
   python Test.py --dataset synthetic --epochs 2         no download, done in a minute
@@ -61,14 +66,21 @@ examples:
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
-        told = launched() and os.environ["LOCAL_RANK"] != "0"  # by another process of the same machine
-        self.exit(2, None if told else f"{self.prog}: {message}\n")
+        said = launched() and os.environ["LOCAL_RANK"] != "0"  # by another process of the same machine
+        self.exit(2, None if said else f"{self.prog}: {message}\n")
 
 
 def count(text: str) -> int:
-    if not re.fullmatch(r"[1-9]\d*", text):
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    if not re.fullmatch(r"[1-9]\d{0,8}", text):
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 to 999999999, got {text!r}")
     return int(text)
+
+
+def path(text: str) -> Path:
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:  # ~ of an unknown user
+        raise argparse.ArgumentTypeError(f"{text}: {error}") from None
 
 
 def device(text: str) -> torch.device:
@@ -86,6 +98,7 @@ def device(text: str) -> torch.device:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Returns the options, with defaults that depend on others filled in."""
     default = TrainUtil.Recipe()
     parser = Parser(
         prog="Test.py",
@@ -105,7 +118,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--device", type=device, default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     add("--precision", choices=("auto", "float32", "bfloat16"), default="auto", help="(default: the device's fastest)")
     add("--compile", action="store_true", help="compile the model with torch.compile; its time is reported apart")
-    add("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="where the data are kept (default: data)")
+    add("--data-dir", type=path, default=Path("data"), metavar="DIR", help="where the data are kept (default: data)")
     kinds = ("cifar10", "cifar100", "imagefolder", "synthetic")
     add(
         "--dataset",
@@ -122,9 +135,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--network", choices=("both", "cnn", "gpt"), default="both", help="--profile: (default: both)")
     shape = ("DIM", "LAYERS", "LENGTH", "BATCH")
     add("--gpt", type=count, nargs=4, default=[768, 4, 256, 4], metavar=shape, help="--profile: (default: 768 4 256 4)")
-    add("--out", type=Path, metavar="DIR", help="where results go; goes on with a study (default: runs/ and time)")
+    add("--out", type=path, metavar="DIR", help="where results go; resumes a study (default: runs/ and time)")
     add("--against", metavar="MODEL", help="what the others are compared with (default: residual)")
-    add("--draw", type=Path, metavar="DIR", help="show the table and draw the pictures of an earlier --out, and end")
+    add("--draw", type=path, metavar="DIR", help="show the table and draw the pictures of an earlier --out, and end")
     options = parser.parse_args(argv)
     if options.draw:
         return options
@@ -150,10 +163,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             parser.error("torchrun works with --device cpu and cuda, not with mps")
         if options.device.type == "cuda":
             options.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    if options.device.type == "cuda" and options.device.index is not None:
-        torch.cuda.set_device(options.device)
     options.out = options.out or Path("runs") / time.strftime("%Y-%m-%d-%H%M%S")
-    # Another number of threads adds up in another order: numbers are the same to the bit for the same --threads alone.
+    # Another number of threads adds up in another order: numbers are the same to the bit only for the same --threads.
     threads = cores() // here if here > 1 else torch.get_num_threads()  # torchrun would have one thread in each
     options.threads = options.threads or max(1, threads // options.parallel)
     if options.precision == "auto":
@@ -166,117 +177,46 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"{name} goes with --dataset imagefolder")
     if options.gpt[0] % 64:
         parser.error(f"--gpt {options.gpt[0]} …: the width must be a multiple of 64, the channels of a head")
-    if options.profile and (options.out / "profile.json").exists():
-        parser.error(f"--out {options.out} holds another profile; name a new folder")
-    try:
-        if first_process():
-            options.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(f"--out {options.out}: {error.strerror or error}")
     return options
 
 
-def train_one(
-    model: Model,
-    seed: int,
-    data: Data,
-    recipe: TrainUtil.Recipe,
-    options: argparse.Namespace,
-    report: Callable = lambda *so_far: None,
-) -> dict:
-    """The entry in results.json of one model with one seed."""
-    keep_memory()
-    torch.backends.cudnn.deterministic = True
-    net = ARCHS[options.arch](model, seed, data)
-    settings = {"precision": options.precision, "compile": options.compile, "accumulate": options.accumulate}
-    settings |= {"report": report, "checkpoint": checkpoint(options.out, model.name, seed)}
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status: 0, 1 where a run failed, 2 where the options or the data are wrong, 130 after Ctrl-C."""
+    set_up_output(quiet=not first_process())
+    options = parse(argv)
     try:
-        recipe = replace(recipe, block_decay=model.decay)
-        measured = TrainUtil.train(net, data.to(options.device), recipe, seed, **settings)
-    except (MemoryError, RuntimeError) as error:
-        if not out_of_memory(error):
-            raise
-        fewer = f", or --parallel below {options.parallel} with --threads {options.threads}" * (options.parallel > 1)
-        raise RunError(
-            f"{model.name}, seed {seed}: out of memory with --batch-size {recipe.batch_size}. Try --accumulate "
-            f"{2 * options.accumulate} or a smaller batch, with another --out{fewer}"
-        ) from None
-    parameters = sum(p.numel() for p in net.parameters())
-    weights = {"learned": {} if measured["diverged"] else learned(net), "weights_sha256": TrainUtil.digest(net)}
-    return {"model": model.name, "seed": seed, "parameters": parameters, **measured, **weights}
+        if options.draw:
+            return draw_again(options.draw, options.against) if first_process() else 0
+        torch.set_num_threads(options.threads)
+        if options.device.type == "cuda" and options.device.index is not None:
+            torch.cuda.set_device(options.device)
+        with process_group(options.device):
+            if not first_process():
+                return run_follower(options)
+            with opened(options.out):
+                return profile(options) if options.profile else compare(options)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return error.code
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        return 130
 
 
-def train_all(
-    pairs: dict[int, tuple[Model, int]],
-    data: Data,
-    recipe: TrainUtil.Recipe,
-    options: argparse.Namespace,
-    monitor: Monitor,
-) -> Iterator[dict]:
-    """The entry of each pair, by its number, as they finish; `--parallel` at a time, each in a process of its own."""
-    if options.parallel == 1:
-        for i, pair in pairs.items():
-            yield train_one(*pair, data, recipe, options, partial(monitor.report, i))
-        return
-    context = multiprocessing.get_context("spawn")
-    reports = context.SimpleQueue()
-
-    def listen() -> None:
-        while True:
-            message = reports.get()
-            with suppress(OSError):  # where nobody reads the output any more, the processes must not wait for that
-                monitor.report(*message)
-
-    threading.Thread(target=listen, daemon=True).start()
-    start = {"initializer": start_worker, "initargs": (options.threads, reports)}
-    with ProcessPoolExecutor(options.parallel, mp_context=context, **start) as pool:
-        try:
-            heed = signal.signal(
-                signal.SIGINT, signal.SIG_IGN
-            )  # Ctrl-C is this process's: those that start now ignore it
-            try:
-                futures = [pool.submit(work, i, *pair, data, recipe, options) for i, pair in pairs.items()]
-            finally:
-                signal.signal(signal.SIGINT, heed)
-            for future in as_completed(futures):
-                yield future.result()
-        except BaseException as error:  # the pool would wait for what it has begun
-            for process in multiprocessing.active_children():
-                process.terminate()
-            if isinstance(error, BrokenProcessPool):
-                raise RunError(
-                    "a training process was killed, perhaps for lack of memory. Try --parallel below "
-                    f"{options.parallel} with --threads {options.threads}"
-                ) from None
-            raise
+@contextmanager
+def opened(out: Path) -> Iterator[None]:
+    """Makes the folder, and keeps other processes from using it; an OSError becomes a UserError."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(out / ".lock", timeout=0):
+            yield
+    except filelock.Timeout:
+        raise UserError(f"--out {out} is in use by another process; name another folder") from None
+    except OSError as error:
+        raise UserError(f"--out {out}: {error.filename or out}: {error.strerror or error}") from None
 
 
-def start_worker(threads: int, reports: "multiprocessing.SimpleQueue") -> None:
-    """Sets up a process of --parallel."""
-    global worker_reports
-    worker_reports = reports
-    torch.set_num_threads(threads)
-
-    def die_with_parent() -> None:  # a pool's processes outlive a parent that was killed (CPython issue 111873)
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=die_with_parent, daemon=True).start()
-
-
-def work(i: int, *pair_and_settings) -> dict:
-    """train_one in a process of --parallel, which reports to the other one once a second and once an epoch."""
-    sent = {"epochs": -1, "at": 0.0}
-
-    def report(part: float, images: int, seconds: float, history: list[dict]) -> None:
-        if len(history) > sent["epochs"] or time.monotonic() > sent["at"] + 1:
-            sent.update(epochs=len(history), at=time.monotonic())
-            worker_reports.put((i, part, images, seconds, history))
-
-    return train_one(*pair_and_settings, report)
-
-
-def load(options: argparse.Namespace) -> Data:
+def load_data(options: argparse.Namespace) -> Data:
     match options.dataset:
         case "synthetic":
             data = synthetic()
@@ -285,166 +225,172 @@ def load(options: argparse.Namespace) -> Data:
         case cifar:
             data = load_cifar(CIFAR100 if cifar == "cifar100" else CIFAR10, options.data_dir)
     if options.hold_out and options.hold_out >= data.train_size:
-        raise RefusedError(f"--hold-out must be below the {data.train_size} training images, got {options.hold_out}")
+        raise UserError(f"--hold-out must be below the {data.train_size} training images, got {options.hold_out}")
     data = data.hold_out(options.hold_out) if options.hold_out else data
-    data = data.limit(options.limit) if options.limit else data
-    least = processes()[1] * options.accumulate
-    if min(options.batch_size, data.train_size) < least:
-        raise RefusedError(f"a batch must have {least} images, one for each process and each part of --accumulate")
-    return data
+    return data.limit(options.limit) if options.limit else data
 
 
 TRANSFORMER_LR = 0.001  # for the ViT: a tenth of what the batch norms of the others bear
 
 
-def recipe_for(options: argparse.Namespace, data: Data) -> TrainUtil.Recipe:
-    recipe = TrainUtil.Recipe(epochs=options.epochs, batch_size=options.batch_size)
+def recipe_for(arch: str, epochs: int, batch_size: int, data: Data) -> TrainUtil.Recipe:
+    recipe = TrainUtil.Recipe(epochs=epochs, batch_size=batch_size)
     if isinstance(data, Folder):  # the workers crop
         recipe = replace(recipe, sizes=((data.size, 1.0),))
-    return replace(recipe, lr=TRANSFORMER_LR) if options.arch == "vit" else recipe
+    return replace(recipe, lr=TRANSFORMER_LR) if arch == "vit" else recipe
+
+
+@contextmanager
+def memory_errors(advice: str) -> Iterator[None]:
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        raise UserError(f"out of memory: {advice}", code=1) from None
+
+
+def train_one(
+    model: Model,
+    seed: int,
+    *,
+    arch: str,
+    data: Data,
+    device: torch.device,
+    recipe: TrainUtil.Recipe,
+    out: Path,
+    report: Callable = lambda *so_far: None,
+    **how,
+) -> dict:
+    """Returns the entry in results.json of one model with one seed; `how` are precision, compile and accumulate."""
+    keep_memory()
+    torch.backends.cudnn.deterministic = True
+    advice = f"try a smaller --batch-size than {recipe.batch_size}, a larger --accumulate than {how['accumulate']}, a "
+    advice += "smaller rank or a smaller --parallel, with another --out"
+    with memory_errors(f"{model.name}, seed {seed}: {advice}"):
+        network = build(arch, model, seed, data, smallest=min(size for size, _ in recipe.sizes))
+        recipe = replace(recipe, block_decay=model.decay)
+        how |= {"checkpoint": checkpoint_path(out, model.name, seed), "report": report}
+        measured = TrainUtil.train(network, data.to(device), recipe, seed, **how)
+    parameters = sum(p.numel() for p in network.parameters())
+    weights = {"learned": {} if measured["diverged"] else learned(network)}
+    weights["weights_sha256"] = TrainUtil.digest(network)
+    return {"model": model.name, "seed": seed, "parameters": parameters, **measured, **weights}
+
+
+def trainer(options: argparse.Namespace, data: Data, recipe: TrainUtil.Recipe) -> Callable[..., dict]:
+    how = {"precision": options.precision, "compile": options.compile, "accumulate": options.accumulate}
+    arguments = {"arch": options.arch, "data": data, "device": options.device, "recipe": recipe, "out": options.out}
+    return partial(train_one, **arguments, **how)
 
 
 def compare(options: argparse.Namespace) -> int:
-    runs: dict[tuple[str, int], dict] = {}
-    left: dict[int, tuple[Model, int]] | None = None
-    code, again = 0, f"The same command with --out {options.out} goes on."
-
-    def in_order() -> list[dict]:
-        return sorted(runs.values(), key=lambda run: (run["seed"], config["models"].index(run["model"])))
-
+    """Trains what the study lacks and, whatever happens, shows what it has."""
+    plan = None
     try:
-        try:
-            data = load(options)
-            recipe = recipe_for(options, data)
-            config = {
-                **configuration(options),
-                "against": options.against or "residual",
-                "data": data.name,
-                "training_images": data.train_size,
-                "test_images": data.test_size,
-                "recipe": asdict(recipe),
-            }
-            commit = config["git_commit"]
-            runs = {(run["model"], run["seed"]): run for run in earlier_runs(options, config)}
-            check_against(options.against, config["models"])
-            tidy(options.out, in_order())
-            write_results(options.out, config, in_order())  # no checkpoint without the options that it belongs to
-            (options.out / "checkpoints").mkdir(exist_ok=True)
-            pairs = [(model, seed) for seed in range(options.seeds) for model in options.models]
-            finished = [(model.name, seed) in runs for model, seed in pairs]
-            left = {i: pair for i, (pair, there) in enumerate(zip(pairs, finished)) if not there}
-        finally:
-            agree(left and (left, facts(options, data)))  # see follow
-        if any(finished):
-            print(f"{sum(finished)} of {len(pairs)} runs are in {options.out} already.")
-        monitor = Monitor([f"{model.name}, seed {seed}" for model, seed in pairs], finished, recipe.epochs)
+        data = load_data(options)
+        recipe = recipe_for(options.arch, options.epochs, options.batch_size, data)
+        config = configuration(vars(options)) | {"data": data.name, "recipe": asdict(recipe)}
+        config |= {"training_images": data.train_size, "test_images": data.test_size}
+        study = Study.resume(options.out, config, options.against)
+        runs = [(model, seed) for seed in range(options.seeds) for model in options.models]
+        finished = [(model.name, seed) in study.runs for model, seed in runs]
+        left = {i: run for i, run in enumerate(runs) if not finished[i]}
+        plan = left, must_agree(options, data)
+    finally:
+        broadcast(plan)  # to run_follower
+    if any(finished):
+        say(f"{sum(finished)} of {len(runs)} runs are in {options.out} already.")
+    monitor = Monitor([f"{model.name}, seed {seed}" for model, seed in runs], finished, recipe.epochs)
+    train = trainer(options, data, recipe)
+    kept = f"What has finished is kept. The same command with --out {options.out} resumes the study."
+    try:
         with monitor.bar:
-            for run in train_all(left, data, recipe, options, monitor):
-                runs[run["model"], run["seed"]] = {**run, "git_commit": commit}
-                write_results(options.out, config, in_order())
-                checkpoint(options.out, run["model"], run["seed"]).unlink()
-        with suppress(OSError):  # not empty: damaged checkpoints are kept
-            (options.out / "checkpoints").rmdir()
-    except RefusedError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except DataError as error:  # a file may turn out to be broken after hours
-        code = 2
-        print(error, file=sys.stderr)
-    except RunError as error:
-        code = 1
-        print(f"{error}. What has finished is kept. {again}", file=sys.stderr)
+            for run in run_all(train, left, monitor.report, options.parallel, options.threads):
+                study.add(run)
+        study.finish()
+    except UserError as error:  # an image may turn out to be broken after hours
+        raise UserError(f"{error}. {kept}", error.code) from None
     except OSError as error:
-        code = 1
-        where, what = error.filename or options.out, error.strerror or error
-        print(f"{where}: {what}. {again}", file=sys.stderr)
+        raise UserError(f"{error.filename or options.out}: {error.strerror or error}. {kept}", code=1) from None
     except KeyboardInterrupt:
-        code = 130
-        print(f"Interrupted: {len(runs)} runs have finished. {again}", file=sys.stderr)
-    return show(options.out, config, in_order()) or code if runs else code
+        raise UserError(f"Interrupted: {len(study.runs)} runs have finished. {kept}", code=130) from None
+    finally:
+        status = show(study) if study.runs else 0
+    return status
 
 
-def facts(options: argparse.Namespace, data: Data) -> dict:
+def must_agree(options: argparse.Namespace, data: Data) -> dict:
     """What all processes must have alike."""
     sizes = {"training images": data.train_size, "test images": data.test_size, "classes": data.classes}
     return {**sizes, "precision": options.precision, "torch": torch.__version__}
 
 
-def follow(options: argparse.Namespace) -> int:
-    """What torchrun's other processes do: the runs of the first one, which keeps the results."""
-    agreed = agree(None)
-    if not agreed:  # nothing is left to do, or the first process has said why it can't be done
-        return 0
-    try:
-        left, first = agreed
-        data = load(options)
-        if facts(options, data) != first:
-            raise RefusedError(f"this process has {facts(options, data)}, the first one {first}")
-        for pair in left.values():
-            train_one(*pair, data, recipe_for(options, data), options)
-    except (DataError, RefusedError, RunError) as error:
-        print(error, file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+def run_follower(options: argparse.Namespace) -> int:
+    """Trains, in torchrun's other processes, the runs of the first one, which keeps the results."""
+    plan = broadcast(None)
+    if plan:  # otherwise the first process has said why there is none
+        left, first = plan
+        data = load_data(options)
+        mine = must_agree(options, data)
+        if mine != first:
+            raise UserError(f"this process has {mine}, the first one {first}", code=1)
+        train = trainer(options, data, recipe_for(options.arch, options.epochs, options.batch_size, data))
+        for run in left.values():
+            train(*run)
     return 0
 
 
-def redraw(options: argparse.Namespace) -> int:
-    try:
-        config, runs = read_results(options.draw)
-        if not runs:
-            raise RefusedError(f"--draw {options.draw}: no run has finished yet")
-        check_against(options.against, dict.fromkeys(run["model"] for run in runs))
-    except RefusedError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return show(options.draw, {**config, "against": options.against or config["against"]}, runs)
+def draw_again(out: Path, against: str | None) -> int:
+    study = Study.read(out)
+    if not study.runs:
+        raise UserError(f"--draw {out}: no run has finished yet")
+    check_against(against, dict.fromkeys(model for model, _ in study.runs))
+    study.config["against"] = against or study.config["against"]
+    return show(study)
 
 
-def show(out: Path, config: dict, runs: list[dict]) -> int:
-    """The table and the pictures."""
-    rich.get_console().print(table(config, runs))
+def show(study: Study) -> int:
+    """Draws the pictures and prints the table."""
+    runs, failed = study.in_order(), None
     try:
-        drawn = draw(out, config, runs)
+        drawn = draw(study.out, study.config, runs)
     except OSError as error:
-        print(f"The pictures could not be written: {error.filename or out}: {error.strerror or error}", file=sys.stderr)
-        return 1
-    for path in (out / "results.json", out / "results.csv", *drawn):
+        drawn, failed = [], error
+    print_table(**table(study.config, runs))
+    for path in (study.out / "results.json", study.out / "results.csv", *drawn):
         if path.exists():
-            print(path)
+            say(path)
+    if failed:
+        where = failed.filename or study.out
+        print(f"The pictures could not be written: {where}: {failed.strerror or failed}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def profile(options: argparse.Namespace) -> int:
+    """Measures what each residual connection costs."""
+    path = options.out / "profile.json"
+    if path.exists():
+        raise UserError(f"--out {options.out} holds another profile; name a new folder")
+    keep_memory()
+    config, found = configuration(vars(options)), {}
+    networks = {
+        "cnn": lambda: cnn(options.models, options.arch, options.batch_size, options.image_size),
+        "gpt": lambda: gpt(options.models, *options.gpt),
+    }
+    for name in networks if options.network == "both" else [options.network]:
+        with memory_errors("try a smaller --batch-size, --image-size, --gpt or rank"):
+            network = networks[name]()
+            how = {"precision": options.precision, "compile": options.compile, "seconds": options.seconds}
+            found[network.name] = measure(network, options.device, **how)
+        write_json(path, {"config": config, "networks": found})
+        print_table(**profile_table(config, network.name, found[network.name]))
+    say(path)
     return 0
-
-
-def main(argv: list[str] | None = None) -> int:
-    options = parse(argv)
-    if not rich.get_console().is_terminal:
-        rich.reconfigure(width=220)  # a file has no width of its own to fold the tables to
-    if options.draw:
-        return redraw(options) if first_process() else 0
-    torch.set_num_threads(options.threads)
-    if launched():
-        rich.get_console().quiet = not first_process()
-        with process_group(options.device):
-            code = begin(options) if first_process() else follow(options)
-            if code:  # leaving the group could wait for the others
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(code)
-        return code
-    return begin(options)
-
-
-def begin(options: argparse.Namespace) -> int:
-    try:
-        with filelock.FileLock(options.out / ".lock", timeout=0):
-            return profile(options) if options.profile else compare(options)
-    except filelock.Timeout:
-        print(f"--out {options.out} is in use by another process; name another folder", file=sys.stderr)
-    except OSError as error:
-        print(f"{error.filename or options.out}: {error.strerror or error}", file=sys.stderr)
-    return 2
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if status and launched():
+        leave(status)
+    sys.exit(status)

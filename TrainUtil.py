@@ -1,17 +1,12 @@
-"""Data, training, evaluation and measurement for the comparison in Test.py. Knows nothing of the command line.
-
-CIFAR lives on the device as one uint8 tensor and is augmented there a whole batch at a time; folders of images are read
-by worker processes. Every random choice of a run is drawn on the CPU from its seed alone, so that all models of a run
-see the same batches.
-"""
+"""Trains a model: recipe, optimisers, steps, evaluation, checkpoint. Knows nothing of the command line."""
 
 import contextlib
 import copy
 import hashlib
+import importlib
 import io
 import math
 import os
-import re
 import sys
 import time
 from collections.abc import Callable
@@ -22,11 +17,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from comparison.console import UserError
 from comparison.data import Dataset, resize, whole_batches
 from comparison.device import autocast, compiled, out_of_memory
-from comparison.distributed import agree, processes, synchronize_batch_norm, total
-from comparison.files import replacing
+from comparison.distributed import all_reduce_sum, broadcast, processes, synchronize_batch_norm
+from comparison.files import atomic_write
 from comparison.folder import Data
+from LAuReL import LAuReL
+
+LAuReL_LR = importlib.import_module("LAuReL-LR").LAuReL_LR
+LAuReL_PA = importlib.import_module("LAuReL-PA").LAuReL_PA
+BLOCKS = (LAuReL, LAuReL_LR, LAuReL_PA)
 
 
 @dataclass(frozen=True)
@@ -103,11 +104,13 @@ def orthogonalize(matrix: Tensor, dtype: torch.dtype = torch.bfloat16, steps: in
 
 
 def optimizers(model: nn.Module, recipe: Recipe, precision: str = "float32") -> list[torch.optim.Optimizer]:
-    """Muon for filters, AdamW for all else. The blocks' own parameters are those of modules named residual(s)."""
-    filters, blocks, others = [], [], []
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            (blocks if re.search(r"\bresiduals?\.", name) else filters if p.ndim == 4 else others).append(p)
+    """Returns Muon for the filters and AdamW for all else, in which the blocks' parameters are a group of their own."""
+    blocks = {p: None for module in model.modules() if isinstance(module, BLOCKS) for p in module.parameters()}
+    filters, others = [], []
+    for p in model.parameters():
+        if p.requires_grad and p not in blocks:
+            (filters if p.ndim == 4 else others).append(p)
+    blocks = [p for p in blocks if p.requires_grad]
     groups = [{"params": others}, {"params": blocks, "weight_decay": recipe.block_decay}]
     adam = torch.optim.AdamW(groups, recipe.lr, betas=(0.9, 0.95), weight_decay=0.0)
     if not filters:
@@ -156,14 +159,18 @@ def train(
         epoch: its number from 1, train_loss, None where it diverged, test_accuracy, 0 to 1, seconds).
 
     Raises:
-        ValueError: a batch has fewer images than there are processes and parts.
-        DataError: an image of a Folder can't be read.
+        UserError: a part of a batch has too few images, --compile does not work here, an image can't be read.
     """
     device, n = data.device, data.train_size
     rank, world = processes()
     batch = min(recipe.batch_size, n)
-    if batch < world * accumulate:
-        raise ValueError(f"a batch of {batch} images can't be divided by {world} processes and {accumulate} parts")
+    norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+    if batch < world * accumulate or (norm and batch < 2 * accumulate):
+        least = "two images, for batch norm" if norm else "an image for each process"
+        raise UserError(
+            f"each part of a batch must have {least}, got {batch} images a batch in {accumulate} parts and {world} "
+            f"processes"
+        )
     test_batch = 1000 if isinstance(data, Dataset) else batch // (world * accumulate)  # what is trained on fits
     model.to(device, memory_format=torch.channels_last)
     if world > 1:
@@ -185,7 +192,7 @@ def train(
     images = len(history) * recipe.images(n) // recipe.epochs
     train_seconds = sum(entry["seconds"] for entry in history)
 
-    def tell(seconds: float) -> None:
+    def report_so_far(seconds: float) -> None:
         work = recipe.pixels(images / recipe.images(n)) / recipe.pixels(1.0)
         report(work, images, seconds, history)
 
@@ -197,12 +204,12 @@ def train(
         for step, (x, y) in enumerate(data.batches(seed, epoch, recipe.batch_size, recipe.max_shift)):
             x = resize(x, recipe.size((epoch * steps_per_epoch + step) / steps))
             for i, (part, labels) in enumerate(zip(x.tensor_split(accumulate), y.tensor_split(accumulate))):
-                alone = world > 1 and i < accumulate - 1  # gradients are averaged once a batch
-                with network.no_sync() if alone else contextlib.nullcontext():
+                local = world > 1 and i < accumulate - 1  # gradients are averaged once a batch
+                with network.no_sync() if local else contextlib.nullcontext():
                     with autocast(device, precision):
                         logits = network(part)
                     loss = F.cross_entropy(logits.float(), labels, label_smoothing=recipe.label_smoothing)
-                    loss = loss * (len(labels) * world / batch)  # the part's share of the mean over the batch
+                    loss = loss * (len(labels) * world / batch)  # the part's weight in the mean over the batch
                     loss.backward()
                 losses.append(loss.detach())
             for opt, scheduler in zip(opts, schedulers):
@@ -210,8 +217,9 @@ def train(
                 scheduler.step()
                 opt.zero_grad()
             images += batch
-            tell(train_seconds + time.perf_counter() - start)
-        train_loss = total(torch.stack(losses).mean() * (accumulate / world)).item()  # the only wait for the device
+            report_so_far(train_seconds + time.perf_counter() - start)
+        train_loss = torch.stack(losses).mean() * (accumulate / world)
+        train_loss = all_reduce_sum(train_loss).item()  # the only synchronization with the device
         seconds = time.perf_counter() - start
         train_seconds += seconds
         finite = math.isfinite(train_loss) and all(p.isfinite().all() for p in model.parameters())
@@ -221,7 +229,7 @@ def train(
             if checkpoint and rank == 0:
                 save(checkpoint, parts, history)
         finally:
-            tell(train_seconds)
+            report_so_far(train_seconds)
     return {
         "epochs": len(history),
         "test_accuracy": history[-1]["test_accuracy"],
@@ -236,7 +244,7 @@ def train(
 def save(checkpoint: Path, parts: list, history: list[dict]) -> None:
     buffer = io.BytesIO()
     torch.save({"parts": [part.state_dict() for part in parts], "history": history}, buffer)
-    with replacing(checkpoint) as path:
+    with atomic_write(checkpoint) as path:
         path.write_bytes(hashlib.sha256(buffer.getbuffer()).digest() + buffer.getvalue())
 
 
@@ -246,7 +254,7 @@ def restore(checkpoint: Path, parts: list) -> list[dict]:
     Of several processes the first reads it for all.
     """
     first = processes()[0] == 0
-    content = agree(checkpoint.read_bytes() if first and checkpoint.exists() else None)
+    content = broadcast(checkpoint.read_bytes() if first and checkpoint.exists() else None)
     if content is None:
         return []
     before = copy.deepcopy([part.state_dict() for part in parts])
@@ -282,19 +290,26 @@ def warm_up(
     """Compiles the training and the test step of network, which is the model under torch.compile.
 
     Leaves the model as it was, and returns the seconds that it took.
+
+    Raises:
+        UserError: it can't be compiled, for lack of a C++ compiler for one.
     """
     start, state = time.perf_counter(), copy.deepcopy(model.state_dict())
     model.train()
     x, y = next(data.batches(seed=0, epoch=0, batch_size=recipe.batch_size))
     parts, labels = x.tensor_split(accumulate), y.tensor_split(accumulate)
-    # The larger parts and the smaller, in every process as many: synchronised batch norms wait for each other.
-    for i in {0, accumulate - 1}:
-        for size, _ in recipe.sizes:
-            with autocast(y.device, precision):
-                logits = network(resize(parts[i], size))
-            F.cross_entropy(logits.float(), labels[i]).backward()
-            model.zero_grad()
-    evaluate(network, data, precision, test_batch)
+    try:
+        # The larger parts and the smaller, in every process as many: synchronised batch norms wait for each other.
+        for i in {0, accumulate - 1}:
+            for size, _ in recipe.sizes:
+                with autocast(y.device, precision):
+                    logits = network(resize(parts[i], size))
+                F.cross_entropy(logits.float(), labels[i]).backward()
+                model.zero_grad()
+        evaluate(network, data, precision, test_batch)
+    except torch._dynamo.exc.BackendCompilerFailed as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"--compile does not work here: {reason}") from None
     model.load_state_dict(state)
     return time.perf_counter() - start
 
@@ -307,4 +322,4 @@ def evaluate(model: nn.Module, data: Data, precision: str = "float32", batch_siz
     for x, y in data.test_batches(batch_size):
         with autocast(y.device, precision):
             correct += (model(x).argmax(dim=1) == y).sum()
-    return total(correct).item() / data.test_size
+    return all_reduce_sum(correct).item() / data.test_size

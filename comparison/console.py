@@ -1,50 +1,97 @@
-"""What the user hears and sees while the script runs."""
+"""What the user sees while the script runs: messages, tables, the live line."""
 
-import time
+import codecs
+import os
+import sys
+from collections.abc import Sequence
 
 import rich
-import rich.box
-from rich import get_console
-from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn
+from rich.box import MARKDOWN
+from rich.cells import cell_len
+from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Column, Table
+from rich.text import Text
+
+# For the encodings that lack them
+SPELLED = {"α": "alpha", "β": "beta", "γ": "gamma", "Σ": "sum", "·": "*", "±": "+/-", "–": "-", "×": "x", "…": "..."}
 
 
-class DataError(Exception):
-    """The data could not be had or read; the message says why."""
+class UserError(Exception):
+    """What the user must hear: what is wrong, which value, what is allowed. The script ends with `code`."""
+
+    def __init__(self, message: str, code: int = 2) -> None:
+        super().__init__(message)
+        self.code = code
 
 
-class RefusedError(Exception):
-    """The study can't begin; the message says why."""
+def spell(error: UnicodeEncodeError) -> tuple[str, int]:
+    return "".join(SPELLED.get(character, "?") for character in error.object[error.start : error.end]), error.end
 
 
-class RunError(Exception):
-    """The study can't go on; the message says why and what to try."""
+codecs.register_error("spell", spell)
 
 
-def progress(*columns: ProgressColumn) -> Progress:
+def set_up_output(quiet: bool) -> None:
+    """Makes output fit its stream: any encoding, and a live line only on a terminal that can show one.
+
+    Args:
+        quiet: prints only errors.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="spell")
+    terminal = sys.stdout.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
+    rich.reconfigure(force_terminal=terminal, width=None if terminal else 1000, quiet=quiet)
+
+
+def say(message: object) -> None:
+    """Prints a message, uncut and as it is."""
+    rich.get_console().print(str(message), highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], notes: str) -> None:
+    """Prints a Markdown table, in parts below each other where the terminal is too narrow: no number is cut."""
+    console = rich.get_console()
+    widths = [max(map(cell_len, cells)) + 3 for cells in zip(columns, *rows)]
+    parts: list[list[int]] = [[]]
+    for i in range(1, len(columns)):
+        if parts[-1] and widths[0] + sum(widths[j] for j in parts[-1]) + widths[i] + 1 > console.width:
+            parts.append([])
+        parts[-1].append(i)
+    say(title)
+    for part in parts:
+        table = Table(box=MARKDOWN, width=widths[0] + sum(widths[i] for i in part) + 1)
+        for i in (0, *part):
+            table.add_column(Text(columns[i]), justify="right" if i else "left", no_wrap=True)
+        for row in rows:
+            table.add_row(*(Text(row[i]) for i in (0, *part)))
+        console.print(table, crop=False)
+    say(notes)
+
+
+def progress(*columns: ProgressColumn, **options) -> Progress:
     """A bar that leaves no trace, and is not there at all where the output is no terminal."""
-    hidden = not get_console().is_terminal
-    return Progress(*Progress.get_default_columns(), *columns, transient=True, disable=hidden)
+    return Progress(*columns, transient=True, disable=not rich.get_console().is_terminal, **options)
 
 
 class Monitor:
-    """What runs now and how long it will take: one moving line in a terminal, a line an epoch elsewhere."""
+    """What runs now and how long it will take: a live line in a terminal, a line an epoch elsewhere."""
 
     def __init__(self, titles: list[str], finished: list[bool], epochs: int) -> None:
         self.titles, self.epochs = titles, epochs
         self.done: list[float | None] = [1.0 if there else None for there in finished]  # the part of each run
         self.tested = [0] * len(titles)  # its epochs
-        self.before = float(sum(finished))  # what was done before this process
-        self.plain = not rich.get_console().is_terminal
-        self.bar = Progress(TextColumn("{task.description}"), BarColumn(20), transient=True, disable=self.plain)
-        self.task = self.bar.add_task("", total=len(titles))
-        self.start = time.perf_counter()
+        text = TextColumn("{task.description}", markup=False, table_column=Column(overflow="fold"))
+        self.bar = progress(text, BarColumn(20), TimeRemainingColumn(), speed_estimate_period=600)
+        self.task = self.bar.add_task("", total=len(titles), completed=sum(finished))
 
     def report(self, run: int, work: float, images: int, seconds: float, history: list[dict]) -> None:
-        if self.done[run] is None:
-            self.before += work
-            self.tested[run] = len(history)
-        self.done[run] = work
+        first, self.done[run] = self.done[run] is None, work
         done = sum(filter(None, self.done))
+        if first:
+            self.tested[run] = len(history)
+            if history:  # a resumed run: what it had done says nothing about the time left
+                self.bar.reset(self.task, completed=done)
         epoch_ended, self.tested[run] = len(history) > self.tested[run], len(history)
         epoch = len(history) + (0 if epoch_ended else 1)
         text = f"[{run + 1}/{len(self.titles)}] {self.titles[run]}, epoch {epoch}/{self.epochs}"
@@ -53,9 +100,7 @@ class Monitor:
             text += ", diverged" if loss is None else f", loss {loss:.3f}"
             text += f", accuracy {100 * history[-1]['test_accuracy']:.2f} %"
         text += f", {images / seconds:.0f} images/s"
-        if done > self.before:
-            left = round((time.perf_counter() - self.start) * (len(self.done) - done) / (done - self.before))
-            text += f", {left // 60}:{left % 60:02} min left"
         self.bar.update(self.task, completed=done, description=text)
-        if self.plain and epoch_ended:
-            print(text, flush=True)
+        if self.bar.disable and epoch_ended:
+            left = self.bar.tasks[0].time_remaining
+            say(text if left is None else f"{text}, {int(left) // 60}:{int(left) % 60:02} min left")

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from comparison.distributed import share
+from comparison.distributed import shard
 
 # SHA-256 of CIFAR-10's decoded uint8 arrays in C order, whatever they were decoded from.
 SHA256 = {
@@ -83,7 +83,7 @@ class Dataset:
         return normalize(images, self.statistics)
 
     def batches(self, seed: int, epoch: int, batch_size: int, max_shift: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """The augmented batches of one epoch, of which this process has its share; a last partial batch is left out.
+        """The augmented batches of one epoch, of which this process has its shard; a last partial batch is left out.
 
         A function of the seed and the epoch alone. Flips take turns: half of the images, drawn once for the seed, are
         mirrored in even epochs, the others in odd ones (Jordan 2024, "94% on CIFAR-10 in 3.29 seconds on a single
@@ -95,12 +95,12 @@ class Dataset:
         offset = torch.randint(-max_shift, max_shift + 1, (2, n), generator=generator)
         flip, order, offset = flip.to(device), order.to(device), offset.to(device)
         for i in order.split(batch_size)[: whole_batches(n, batch_size)]:
-            i = share(i)
+            i = shard(i)
             yield self.normalize(shift(self.train_images[i], *offset[:, i], flip[i])), self.train_labels[i].long()
 
     def test_batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """This process's share of the test images."""
-        images, labels = share(self.test_images), share(self.test_labels)
+        """This process's shard of the test images."""
+        images, labels = shard(self.test_images), shard(self.test_labels)
         for x, y in zip(images.split(batch_size), labels.split(batch_size)):
             yield self.normalize(x), y.long()
 
@@ -160,7 +160,7 @@ def shift(images: Tensor, dy: Tensor, dx: Tensor, flip: Tensor | None = None) ->
 
 @cache
 def channel_statistics(name: str, device: torch.device) -> Tensor:
-    """STATISTICS[name], (2, 3); once a device, as a GPU has to be waited for."""
+    """STATISTICS[name], (2, 3); once a device, as it synchronizes with a GPU."""
     return torch.tensor(STATISTICS[name], device=device)
 
 

@@ -1,10 +1,14 @@
 """Several processes, as torchrun starts them."""
 
 import contextlib
+import gc
+import importlib
 import os
+import sys
 import time
 from collections.abc import Iterator
 from datetime import timedelta
+from typing import NoReturn
 
 import torch
 from torch import Tensor, distributed, nn
@@ -29,8 +33,16 @@ def first_process() -> bool:
 def process_group(device: torch.device) -> Iterator[None]:
     """Joins the processes that torchrun has started: through NCCL where each has a GPU, else through gloo.
 
-    On an error the group is not left in order, as that can wait for processes that wait for this one.
+    Does nothing in a process that it has not started. On an error the group is not left in order, as that can wait for
+    processes that wait for this one: see leave.
     """
+    if not launched():
+        yield
+        return
+    # DistributedDataParallel imports this module, whose functions have the group of that moment as a default argument.
+    # Imported after the group is made it keeps the group, and gloo's threads, beyond destroy_process_group; a thread
+    # that needs the GIL when the interpreter ends then aborts the process (pytorch issue 190489).
+    importlib.import_module("torch.distributed.nn")
     store, rank, world = next(distributed.rendezvous("env://"))
     if agent_store():  # after a restart it still has the addresses of the processes before it
         store = distributed.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
@@ -39,31 +51,39 @@ def process_group(device: torch.device) -> Iterator[None]:
     distributed.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=wait)
     yield
     distributed.barrier()  # none leaves while another still talks to it
+    gc.collect()  # DistributedDataParallel is part of a cycle, and keeps the group too
     # torch 2.5 holds the GIL while it waits for gloo's threads, and one that still frees a tensor waits for the GIL.
     time.sleep(0.2)
     distributed.destroy_process_group()
 
 
+def leave(code: int) -> NoReturn:
+    """Ends this process at once, where leaving its group could wait for the others."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 def processes() -> tuple[int, int]:
-    """This process's number, and how many there are."""
+    """This process's rank, and how many processes there are."""
     together = distributed.is_available() and distributed.is_initialized()
     return (distributed.get_rank(), distributed.get_world_size()) if together else (0, 1)
 
 
-def share(tensor: Tensor) -> Tensor:
-    """What this process has to do of a tensor whose first dimension is divided."""
+def shard(tensor: Tensor) -> Tensor:
+    """This rank's slice of dimension 0."""
     rank, world = processes()
     return tensor[rank::world]
 
 
-def total(tensor: Tensor) -> Tensor:
+def all_reduce_sum(tensor: Tensor) -> Tensor:
     """The sum over all processes."""
     if processes()[1] > 1:
         distributed.all_reduce(tensor)
     return tensor
 
 
-def agree(value: object) -> object:
+def broadcast(value: object) -> object:
     """The first process's value, in every process."""
     values = [value]
     if processes()[1] > 1:
@@ -71,16 +91,16 @@ def agree(value: object) -> object:
     return values[0]
 
 
-class Total(torch.autograd.Function):
-    """`total`, with a gradient."""
+class AllReduceSum(torch.autograd.Function):
+    """all_reduce_sum, with a gradient."""
 
     @staticmethod
     def forward(ctx, tensor: Tensor) -> Tensor:
-        return total(tensor.clone())
+        return all_reduce_sum(tensor.clone())
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
-        return total(grad.clone())
+        return all_reduce_sum(grad.clone())
 
 
 class SynchronizedBatchNorm(nn.BatchNorm2d):
@@ -93,10 +113,10 @@ class SynchronizedBatchNorm(nn.BatchNorm2d):
         if not self.training:
             return super().forward(x)
         t = x.to(torch.promote_types(x.dtype, torch.float32))
-        n = total(torch.tensor(t.numel() / t.shape[1], dtype=t.dtype))
-        mean = Total.apply(t.sum(dim=(0, 2, 3))) / n
+        n = all_reduce_sum(torch.tensor(t.numel() / t.shape[1], dtype=t.dtype))
+        mean = AllReduceSum.apply(t.sum(dim=(0, 2, 3))) / n
         t = t - mean[:, None, None]
-        variance = Total.apply(t.square().sum(dim=(0, 2, 3))) / n
+        variance = AllReduceSum.apply(t.square().sum(dim=(0, 2, 3))) / n
         with torch.no_grad():
             self.num_batches_tracked.add_(1)
             self.running_mean.lerp_(mean, self.momentum)

@@ -1,24 +1,37 @@
 """Files that are whole or not there."""
 
 import contextlib
+import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-PARTIAL = ".partial-"  # how the folders begin in which files are written before they take their place
+PARTIAL = ".partial-"  # prefix of the temporary folders
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A path to write to, which takes the place of `path` when all is on the disk: nobody ever finds half a file."""
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=PARTIAL) as partial_folder:
-        temporary = Path(partial_folder) / path.name
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Atomic write: yields a path in a temporary folder, then fsync and rename."""
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=PARTIAL) as folder:
+        temporary = Path(folder) / path.name
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
         if os.name == "posix":  # and the rename itself
-            folder = os.open(path.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
+            directory = os.open(path.parent, os.O_RDONLY)
+            os.fsync(directory)
+            os.close(directory)
+
+
+def write_json(path: Path, content: object, indent: int | None = None) -> None:
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=indent, allow_nan=False) + "\n")
+
+
+def remove_partial(folder: Path) -> None:
+    """Removes what killed processes left."""
+    for partial in folder.glob(f"{PARTIAL}*"):
+        shutil.rmtree(partial, ignore_errors=True)

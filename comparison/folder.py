@@ -13,13 +13,13 @@ from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import default_loader
 from torchvision.transforms import v2
 
-from comparison.console import DataError
+from comparison.console import UserError
 from comparison.data import Dataset, normalize, seeded, shuffled, whole_batches
-from comparison.distributed import share
+from comparison.distributed import shard
 
 
 class Images(torch.utils.data.Dataset):
-    """Images of an ImageFolder as uint8 (3, size, size) with their labels; what can't be read is a DataError in place.
+    """Images of an ImageFolder as uint8 (3, size, size) with their labels; in place of a broken one a UserError.
 
     A number i beyond the samples stands for sample i % N, with the random numbers of i: an epoch gives its own, and
     these depend neither on the process nor on the worker that reads the image.
@@ -31,13 +31,13 @@ class Images(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, i: int) -> tuple[Tensor, int] | DataError:
+    def __getitem__(self, i: int) -> tuple[Tensor, int] | UserError:
         path, label = self.samples[i % len(self)]
         try:
             image = default_loader(path)
         except Exception as error:  # Pillow has many for a broken file
             empty = os.path.exists(path) and not os.path.getsize(path)
-            return DataError(f"{path} can't be read as an image: {'it is empty' if empty else error}")
+            return UserError(f"{path} can't be read as an image: {'it is empty' if empty else error}")
         # A hash, as torch takes no more than 32 bits of a seed.
         seed = int.from_bytes(hashlib.sha256(f"{self.seed} {int(i)}".encode()).digest()[:4], "big")
         with seeded(seed):
@@ -45,14 +45,14 @@ class Images(torch.utils.data.Dataset):
 
     @staticmethod
     def collate(items: list) -> object:
-        return next((item for item in items if isinstance(item, DataError)), None) or default_collate(items)
+        return next((item for item in items if isinstance(item, UserError)), None) or default_collate(items)
 
 
 @dataclass(frozen=True)
 class Folder:
     """Images in files, as torchvision's ImageFolder has them: PATH/train/CLASS/NAME.jpg and PATH/val/CLASS/NAME.jpg.
 
-    Has the methods of Dataset; a DataError from those that read images names the file that could not be read.
+    Has the methods of Dataset; those that read images raise a UserError which names the file that could not be read.
     """
 
     name: str
@@ -96,7 +96,7 @@ class Folder:
         images = Images(samples, v2.Compose([v2.PILToTensor(), *crop]), seed or 0)
         settings = {"num_workers": self.workers, "pin_memory": self.device.type == "cuda"}
         for batch in DataLoader(images, batch_sampler=batches, collate_fn=Images.collate, **settings):
-            if isinstance(batch, DataError):
+            if isinstance(batch, UserError):
                 raise batch
             x, y = (tensor.to(self.device, non_blocking=True) for tensor in batch)
             yield x.permute(0, 2, 3, 1).contiguous(), y
@@ -105,12 +105,12 @@ class Folder:
         """As those of Dataset, but cropped at random in place of shifted."""
         n = self.train_size
         order = shuffled(n, seed, epoch)[1].split(batch_size)[: whole_batches(n, batch_size)]
-        numbers = [(share(i) + epoch * n).tolist() for i in order]
+        numbers = [(shard(i) + epoch * n).tolist() for i in order]
         for x, y in self.load(self.train, numbers, seed):
             yield self.normalize(x), y
 
     def test_batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        mine = share(torch.arange(self.test_size)).split(batch_size)
+        mine = shard(torch.arange(self.test_size)).split(batch_size)
         for x, y in self.load(self.test, [i.tolist() for i in mine if len(i)]):
             yield self.normalize(x), y
 
@@ -122,21 +122,21 @@ def load_folder(path: Path, size: int, workers: int) -> Folder:
     """Images in path/train and path/val, in a folder for each class, to be cropped to size×size pixels.
 
     Raises:
-        DataError: a folder or a class is missing, or there is one class alone.
+        UserError: a folder or a class is missing, or there is only one class.
     """
     parts = []
     for part in (path / "train", path / "val"):
         try:
             parts.append(ImageFolder(str(part)))
         except (OSError, RuntimeError) as error:
-            raise DataError(f"{part}: {error}. Expected: {part}/CLASS/NAME.jpg") from None
+            raise UserError(f"{part}: {error}. Expected: {part}/CLASS/NAME.jpg") from None
     train, test = parts
     for here, there in ((train, test), (test, train)):
         missing = sorted(set(here.classes) - set(there.classes))
         if missing:
-            raise DataError(f"{there.root} has no folder for {', '.join(missing)}, which {here.root} has")
+            raise UserError(f"{there.root} has no folder for {', '.join(missing)}, which {here.root} has")
     if len(train.classes) < 2:
-        raise DataError(f"{train.root} has one class alone, {train.classes[0]}; there is nothing to tell apart")
+        raise UserError(f"{train.root} has only one class, {train.classes[0]}; there is nothing to tell apart")
     order = torch.randperm(len(train.samples), generator=torch.Generator().manual_seed(0)).tolist()
     shuffled_once = [train.samples[i] for i in order]  # for --limit and --hold-out: the files are sorted by class
     return Folder(

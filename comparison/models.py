@@ -16,14 +16,10 @@ from comparison.data import seeded
 from LAuReL import LAuReL
 
 LAuReL_LR = importlib.import_module("LAuReL-LR").LAuReL_LR
-
-
 LAuReL_PA = importlib.import_module("LAuReL-PA").LAuReL_PA
 
 
 MODELS = ("residual", "rw", "lr", "pa", "rw+lr", "rw+pa", "rw+lr+pa", "deeper")
-
-
 # The arguments of a block that a model's name may set, and decay: weight decay on the block's parameters
 ARGUMENTS = {
     "dim": {"D": "D"},  # α and β for each channel
@@ -49,12 +45,12 @@ class Model:
 
     @staticmethod
     def parse(name: str) -> "Model":
-        match = re.fullmatch(r"([a-z+]+)(?:@([1-9]\d*))?(?:/([1-9]\d*))?(?::(.+))?", name)
+        match = re.fullmatch(r"([a-z+]+)(?:@([1-9]\d{0,8}))?(?:/([1-9]\d{0,8}))?(?::(.+))?", name)
         base, rank, k, rest = match.groups() if match else (None, None, None, None)
         if base not in MODELS:
             raise argparse.ArgumentTypeError(
                 f"unknown model {name!r}; allowed are {', '.join(MODELS)}, with @RANK after lr or pa and /K after pa, "
-                "both at least 1, as in lr@8, pa/5, rw+lr+pa@16/3, and then a block's arguments, as in rw:scale=1"
+                "both from 1 to 999999999, as in lr@8, pa/5, rw+lr+pa@16/3, and a block's arguments, as in rw:scale=1"
             )
         if rank and "lr" not in base and "pa" not in base:
             raise argparse.ArgumentTypeError(f"{name!r}: {base} has no rank; @RANK goes with lr and pa")
@@ -76,7 +72,7 @@ class Model:
         }
         for each in arguments:
             if not effective[each]:
-                raise argparse.ArgumentTypeError(f"{name!r}: {each} would have no effect")
+                raise argparse.ArgumentTypeError(f"{name!r}: {each} would be ignored")
         decay = arguments.pop("decay", 0.0)
         model = Model(name, base, int(rank) if rank else None, int(k or 3), arguments, decay)
         try:

@@ -13,7 +13,9 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
+from comparison.console import UserError
 from comparison.data import seeded
+from comparison.device import out_of_memory
 from comparison.folder import Data
 from comparison.models import Model, PostActivationStage, Residual, Stage, residual_layers
 from comparison.transformers import ViT
@@ -177,6 +179,26 @@ class BlockStage(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self[0].downsample is None else self[0].downsample(x)
         return residual_layers(x, shortcut, self.branches, self.residuals, activation=F.relu)
+
+
+def build(arch: str, model: Model, seed: int, data: Data, smallest: int | None = None) -> nn.Module:
+    """Returns the network of a model for the classes of the data.
+
+    Args:
+        smallest: the size of the smallest images that it will see, in pixels; the data's by default.
+
+    Raises:
+        UserError: such images vanish on their way through the network.
+    """
+    network, size = ARCHS[arch](model, seed, data), smallest or data.size
+    try:
+        with torch.no_grad():
+            network.eval()(torch.zeros(1, 3, size, size))
+    except (RuntimeError, IndexError, ValueError) as error:
+        if out_of_memory(error):
+            raise
+        raise UserError(f"images of {size}×{size} pixels are too small for --arch {arch}") from None
+    return network.train()
 
 
 def whitening_filters(data: Data) -> Tensor:

@@ -1,27 +1,33 @@
 """The pictures of a study."""
 
 import math
+import os
 import statistics
-from collections.abc import Callable
-from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from comparison.files import atomic_write
+from comparison.report import summarize, title
+
 if TYPE_CHECKING:  # matplotlib takes a second to import
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-from comparison.files import replacing
-from comparison.report import summarize, title
 
 
 def draw(out: Path, config: dict, runs: list[dict]) -> list[Path]:
-    """accuracy.png, differences.png, parameters.png and learned.png, and the paths of those there is something for."""
-    import matplotlib  # here, as it takes a second to import
+    """Writes the pictures, and returns their paths."""
+    paths = []
+    for name, figure in figures(config, runs).items():
+        figure.suptitle(title(config), fontsize="small", parse_math=False)  # a $ is a $
+        with atomic_write(out / name) as path:
+            figure.savefig(path, dpi=120)
+        paths.append(out / name)
+    return paths
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 
+def figures(config: dict, runs: list[dict]) -> dict[str, "Figure"]:
+    """accuracy.png, differences.png, parameters.png and learned.png: those that there is something for."""
     summary = [entry for entry in summarize(runs, config["against"]) if entry["accuracy"]]
     runs = [run for run in runs if not run.get("diverged")]
     by_model = {entry["model"]: [run for run in runs if run["model"] == entry["model"]] for entry in summary}
@@ -29,23 +35,24 @@ def draw(out: Path, config: dict, runs: list[dict]) -> list[Path]:
         name: {"color": f"C{i % 10}", "marker": "osD^vPX*"[i % 8], "linestyle": ("-", "--", "-.", ":")[i % 4]}
         for i, name in enumerate(by_model)
     }
-    subplots = partial(plt.subplots, layout="constrained")
-    figures = {
-        "accuracy.png": draw_accuracy(subplots, by_model, style) if summary else None,
-        "differences.png": draw_differences(subplots, summary, config["against"]),
-        "parameters.png": draw_parameters(subplots, summary, config["against"], style),
-        "learned.png": draw_learned(subplots, by_model, style),
+    drawn = {
+        "accuracy.png": draw_accuracy(by_model, style) if summary else None,
+        "differences.png": draw_differences(summary, config["against"]),
+        "parameters.png": draw_parameters(summary, config["against"], style),
+        "learned.png": draw_learned(by_model, style),
     }
-    drawn = {out / name: figure for name, figure in figures.items() if figure}
-    for to, figure in drawn.items():
-        figure.suptitle(title(config), fontsize="small")
-        with replacing(to) as path:
-            figure.savefig(path, dpi=120)
-        plt.close(figure)
-    return list(drawn)
+    return {name: figure for name, figure in drawn.items() if figure}
 
 
-def draw_accuracy(subplots: Callable, by_model: dict[str, list[dict]], style: dict) -> "Figure":
+def subplots(*shape: int, figsize: tuple[float, float]) -> tuple:
+    os.environ.pop("MPLBACKEND", None)  # a notebook's, which may not be installed here
+    from matplotlib.figure import Figure  # here, as it takes a second to import
+
+    figure = Figure(figsize=figsize, layout="constrained")
+    return figure, figure.subplots(*shape)
+
+
+def draw_accuracy(by_model: dict[str, list[dict]], style: dict) -> "Figure":
     """Test accuracy over training time: mean and standard deviation over the seeds after each epoch."""
     figure, axes = subplots(figsize=(8, 5))
     for name, mine in by_model.items():
@@ -59,7 +66,7 @@ def draw_accuracy(subplots: Callable, by_model: dict[str, list[dict]], style: di
     return figure
 
 
-def draw_differences(subplots: Callable, summary: list[dict], against: str) -> "Figure | None":
+def draw_differences(summary: list[dict], against: str) -> "Figure | None":
     """Differences to the model that the others are compared with: those of the seeds, their mean, its 95 % interval."""
     tested = [entry for entry in reversed(summary) if entry["interval"]]
     if not tested:
@@ -82,7 +89,7 @@ def draw_differences(subplots: Callable, summary: list[dict], against: str) -> "
     return figure
 
 
-def draw_parameters(subplots: Callable, summary: list[dict], against: str, style: dict) -> "Figure | None":
+def draw_parameters(summary: list[dict], against: str, style: dict) -> "Figure | None":
     """Test accuracy over the parameters that a model adds, with the one that it is compared with as a band."""
     base = next((entry for entry in summary if entry["model"] == against), None)
     added = [entry for entry in summary if entry["added"] and entry["added"] > 0]
@@ -103,7 +110,7 @@ def draw_parameters(subplots: Callable, summary: list[dict], against: str, style
     return figure
 
 
-def draw_learned(subplots: Callable, by_model: dict[str, list[dict]], style: dict) -> "Figure | None":
+def draw_learned(by_model: dict[str, list[dict]], style: dict) -> "Figure | None":
     """α and β by layer, mean and standard deviation; γ by layer and activation, mean over the seeds."""
     learned = [values for runs in by_model.values() for run in runs for values in run["learned"].values()]
     layers = sorted({layer for values in learned for layer in values}, key=lambda layer: [*map(int, layer.split("."))])

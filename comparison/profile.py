@@ -1,27 +1,21 @@
 """What a residual connection costs: time, memory, floating-point operations."""
 
-import argparse
-import json
 import statistics
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
+from typing import NamedTuple
 
-import rich
-import rich.box
 import torch
 import torch.nn.functional as F
-from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from comparison.data import synthetic
-from comparison.device import autocast, compiled, keep_memory, synchronize
-from comparison.files import replacing
-from comparison.networks import ARCHS
-from comparison.study import configuration
+from comparison.device import autocast, compiled, synchronize
+from comparison.models import Model
+from comparison.networks import build
 from comparison.transformers import GPT
 
 # Table 5 of the paper as ratios to its baseline of 24 layers: step time, peak memory. Its PA has the identity for h.
@@ -35,44 +29,50 @@ PAPER = {
 }
 
 
-def networks(options: argparse.Namespace) -> Iterator[tuple[str, list[dict]]]:
-    """The name of a network, and what every model of it costs."""
-    dim, layers, length, batch = options.gpt
-    data = synthetic()
-    if options.image_size:
-        images = data.sample(256).permute(0, 3, 1, 2).float()
-        images = F.interpolate(images, options.image_size).to(torch.uint8).permute(0, 2, 3, 1)
-        data = replace(data.limit(256), train_images=images)
+class Measured(NamedTuple):
+    """A network whose residual connections are compared; example(n) gives n inputs and their labels."""
 
-    def cnn_example(n: int) -> tuple[Tensor, Tensor]:
+    name: str
+    models: dict[str, nn.Module]
+    example: Callable[[int], tuple[Tensor, Tensor]]
+    batch: int
+
+
+def cnn(models: list[Model], arch: str, batch: int, image_size: int | None) -> Measured:
+    data = synthetic()
+    if image_size:
+        images = F.interpolate(data.sample(256).permute(0, 3, 1, 2).float(), image_size)
+        data = replace(data.limit(256), train_images=images.to(torch.uint8).permute(0, 2, 3, 1))
+
+    def example(n: int) -> tuple[Tensor, Tensor]:
         i = torch.arange(n) % data.train_size
         return data.normalize(data.train_images[i]), i % data.classes
 
-    def gpt_example(n: int) -> tuple[Tensor, Tensor]:
+    kind = "ViT" if arch == "vit" else f"{arch} CNN"
+    name = f"{kind}, {data.size}×{data.size} pixels, batch {batch}"
+    built = {model.name: build(arch, model, 0, data) for model in models}
+    return Measured(name, built, example, batch)
+
+
+def gpt(models: list[Model], dim: int, layers: int, length: int, batch: int) -> Measured:
+    def example(n: int) -> tuple[Tensor, Tensor]:
         tokens = torch.randint(GPT.vocabulary, (n, length), generator=torch.Generator().manual_seed(0))
         return tokens, tokens.roll(-1, dims=1)
 
-    if options.network != "gpt":
-        models = {model.name: ARCHS[options.arch](model, 0, data) for model in options.models}
-        kind = "ViT" if options.arch == "vit" else f"{options.arch} CNN"
-        name = f"{kind}, {data.size}×{data.size} pixels, batch {options.batch_size}"
-        yield name, measure(models, cnn_example, options.batch_size, options)
-    if options.network != "cnn":
-        models = {model.name: GPT(model, dim, layers, length) for model in options.models}
-        name = f"GPT, D = {dim}, {layers} layers, length {length}, batch {batch}"
-        yield name, measure(models, gpt_example, batch, options)
+    name = f"GPT, D = {dim}, {layers} layers, length {length}, batch {batch}"
+    return Measured(name, {model.name: GPT(model, dim, layers, length) for model in models}, example, batch)
 
 
-def measure(models: dict[str, nn.Module], example: Callable, batch: int, options: argparse.Namespace) -> list[dict]:
-    """An entry a model; example(n) gives n inputs and their labels."""
-    device = options.device
+def measure(measured: Measured, device: torch.device, precision: str, compile: bool, seconds: float) -> list[dict]:
+    """Returns an entry a model: parameters, FLOPs, bytes, and the seconds of every call in rounds of all models."""
+    models, example = measured.models, measured.example
     for model in models.values():
         model.train().to(device, memory_format=torch.channels_last)
-    called = compiled(models) if options.compile else models
-    x, y = (tensor.to(device) for tensor in example(batch))
+    called = compiled(models) if compile else models
+    x, y = (tensor.to(device) for tensor in example(measured.batch))
 
     def loss(model: nn.Module) -> Tensor:
-        with autocast(device, options.precision):
+        with autocast(device, precision):
             logits = model(x)
         return F.cross_entropy(logits.float().flatten(0, -2), y.flatten())
 
@@ -82,7 +82,7 @@ def measure(models: dict[str, nn.Module], example: Callable, batch: int, options
 
     @torch.inference_mode()
     def infer(model: nn.Module, x: Tensor) -> None:
-        with autocast(device, options.precision):
+        with autocast(device, precision):
             model(x)
 
     costs = [
@@ -96,33 +96,24 @@ def measure(models: dict[str, nn.Module], example: Callable, batch: int, options
         for name, model in models.items()
     ]
     steps = {name: partial(step, model) for name, model in called.items()}
-    times = {"step_seconds": interleave(steps, options.seconds, device)}
+    times = {"step_seconds": interleave(steps, seconds, device)}
     for model in models.values():
         model.eval()
     for n in (1, 128):
         x_n = example(n)[0].to(device)
         calls = {name: partial(infer, model, x_n) for name, model in called.items()}
-        times[f"inference_{n}_seconds"] = interleave(calls, options.seconds / 4, device)
+        times[f"inference_{n}_seconds"] = interleave(calls, seconds / 4, device)
     return [{**entry, **{name: each[entry["model"]] for name, each in times.items()}} for entry in costs]
 
 
-def profile_table(config: dict, network: str, costs: list[dict]) -> Table:
+def profile_table(config: dict, network: str, costs: list[dict]) -> dict:
+    """The arguments of console.print_table."""
     base = costs[0]
     how = f"{config['precision']}, compiled" if config["compile"] else config["precision"]
-    result = Table("model", title=f"{network}; {config['device_name']}, {how}", box=rich.box.MARKDOWN)
-    result.caption = "Times: medians of the ratios to residual within a round of calls, and their quartiles."
-    columns = [
-        "parameters",
-        "FLOPs",
-        "training step",
-        "inference, batch 1",
-        "inference, batch 128",
-        "saved for backward",
-    ]
-    columns += ["peak memory"] * (base["peak_bytes"] is not None)
+    columns = ["model", "parameters", "FLOPs", "training step", "inference, batch 1", "inference, batch 128"]
+    columns += ["saved for backward"] + ["peak memory"] * (base["peak_bytes"] is not None)
     columns += ["paper: time", "paper: memory"] * network.startswith("GPT")
-    for name in columns:
-        result.add_column(name, justify="right")
+    rows = []
 
     def times(entry: dict, name: str) -> str:
         if entry is base:
@@ -135,6 +126,7 @@ def profile_table(config: dict, network: str, costs: list[dict]) -> Table:
 
     for entry in costs:
         row = [
+            entry["model"],
             f"{entry['parameters']:,}",
             amount(entry, "flops", "GFLOP", 1e9),
             *(times(entry, name) for name in ("step_seconds", "inference_1_seconds", "inference_128_seconds")),
@@ -144,26 +136,9 @@ def profile_table(config: dict, network: str, costs: list[dict]) -> Table:
             row.append(amount(entry, "peak_bytes", "MB", 1e6))
         if network.startswith("GPT"):
             row += [f"{ratio:.3f}" for ratio in PAPER.get(entry["model"], ())] or ["–", "–"]
-        result.add_row(entry["model"], *row)
-    return result
-
-
-def profile(options: argparse.Namespace) -> int:
-    keep_memory()
-    config, found = configuration(options), {}
-    try:
-        for network, costs in networks(options):
-            found[network] = costs
-            rich.get_console().print(profile_table(config, network, costs))
-            with replacing(options.out / "profile.json") as path:
-                path.write_text(json.dumps({"config": config, "networks": found}) + "\n")
-    except KeyboardInterrupt:
-        print(f"Interrupted: networks measured so far: {len(found)}.", file=sys.stderr)
-        return 130
-    finally:
-        if found:
-            print(options.out / "profile.json")
-    return 0
+        rows.append(row)
+    notes = "Times: medians of the ratios to residual within a round of calls, and their quartiles."
+    return {"title": f"{network}; {config['device_name']}, {how}", "columns": columns, "rows": rows, "notes": notes}
 
 
 def interleave(functions: Mapping[str, Callable[[], object]], seconds: float, device: torch.device) -> dict:

@@ -5,11 +5,6 @@ import statistics
 from collections.abc import Sequence
 from itertools import accumulate
 
-import rich
-import rich.box
-from rich.markup import escape
-from rich.table import Table
-
 
 def summarize(runs: list[dict], against: str = "residual") -> list[dict]:
     """One entry a model: values over seeds, differences to the model `against` paired by seed, and what they show.
@@ -94,26 +89,19 @@ def title(config: dict) -> str:
     )
 
 
-def table(config: dict, runs: list[dict]) -> Table:
+def table(config: dict, runs: list[dict]) -> dict:
+    """The arguments of console.print_table."""
     several, against = config["seeds"] > 1, config["against"]
-    result = Table("model", title=escape(title(config)), box=rich.box.MARKDOWN)
-    columns = ["parameters", "added %", "test accuracy %", f"difference to {against}"]
+    columns = ["model", "parameters", "added %", "test accuracy %", f"difference to {against}"]
     columns += ["95 % interval", "p (Holm)", "significant", "s.d. of differences", "if not paired"] * several
-    for name in columns + ["training s", "images/s"] + ["compilation s"] * config["compile"]:
-        result.add_column(name, justify="right")
-    notes = ["Differences paired by seed; intervals for each alone, p and significance (0.05) after Holm's correction."]
-    if not several:
-        notes = ["One seed shows little: repeat with --seeds 5 or more."]
-    if against not in (run["model"] for run in runs):
-        notes.append(f"No differences: there is no {against} among the models.")
-    if len({run.get("git_commit") for run in runs}) > 1:
-        notes.append("The runs are of several commits, see results.json.")
-    result.caption = " ".join(notes)
+    columns += ["training s", "images/s"] + ["compilation s"] * config["compile"]
+    rows = []
     for entry in summarize(runs, against):
         n, pairs, diverged = len(entry["accuracy"]), len(entry["difference"]), entry["diverged"]
         fewer = f" ({n} of {config['seeds']} seeds{f', {diverged} diverged' if diverged else ''})"
         added = entry["added"] and 100 * entry["added"] / (entry["parameters"] - entry["added"])
         row = [
+            entry["model"],
             f"{entry['parameters']:,}",
             "–" if added is None else f"{added:.3f}",
             spread(entry["accuracy"], ".2f") + fewer * (n < config["seeds"]),
@@ -127,6 +115,12 @@ def table(config: dict, runs: list[dict]) -> Table:
             row += [f"[{low:+.2f}, {high:+.2f}]", f"{entry['p_holm']:.2g}", significant]
             row += [f"{entry['paired_sd']:.2f}", f"{entry['unpaired_sd']:.2f}"]
         row += [spread(entry["seconds"], ".1f"), spread(entry["images_per_second"], ".0f")]
-        row += [spread(entry["compile_seconds"], ".1f")] * config["compile"]
-        result.add_row(entry["model"], *(escape(cell) for cell in row))
-    return result
+        rows.append(row + [spread(entry["compile_seconds"], ".1f")] * config["compile"])
+    notes = ["Differences paired by seed; intervals for each alone, p and significance (0.05) after Holm's correction."]
+    if not several:
+        notes = ["One seed shows little: repeat with --seeds 5 or more."]
+    if against not in (run["model"] for run in runs):
+        notes.append(f"No differences: there is no {against} among the models.")
+    if len({run.get("git_commit") for run in runs}) > 1:
+        notes.append("The runs are of several commits, see results.json.")
+    return {"title": title(config), "columns": columns, "rows": rows, "notes": " ".join(notes)}

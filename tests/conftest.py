@@ -9,6 +9,7 @@ import pytest
 import torch
 from script import STUDY, SYNTHETIC, numbers, run
 
+import Test
 from comparison.data import Dataset, synthetic
 
 
@@ -39,7 +40,9 @@ def finished(tmp_path_factory) -> tuple[subprocess.CompletedProcess, Path]:
 @pytest.fixture(scope="session")
 def uninterrupted(tmp_path_factory) -> list[dict]:
     out = tmp_path_factory.mktemp("uninterrupted")
-    assert run(*STUDY, "--out", str(out)).returncode == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("Test.keep_memory", lambda: None)
+        assert Test.main([*STUDY, "--out", str(out)]) == 0
     return numbers(out)
 
 

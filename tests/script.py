@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 PICTURES = ("accuracy.png", "differences.png", "parameters.png", "learned.png")
 
 
-SYNTHETIC = ("--dataset", "synthetic", "--limit", "400", "--batch-size", "100", "--epochs", "1")
+SYNTHETIC = ("--dataset", "synthetic", "--limit", "200", "--batch-size", "100", "--epochs", "1")
 
 
 def run(*options: str, **kwargs) -> subprocess.CompletedProcess:
@@ -45,6 +45,11 @@ def numbers(out: Path) -> list[dict]:
     return [{k: run[k] for k in kept} | {k: [e[k] for e in run["history"]] for k in history} for run in runs]
 
 
+def columns_of(table: dict) -> dict[str, list[str]]:
+    """The cells of each column of a table, by its heading."""
+    return {name: list(cells) for name, *cells in zip(table["columns"], *table["rows"])}
+
+
 def runs_of(accuracies: dict[str, list[float]], **more) -> list[dict]:
     common = {"parameters": 10, "train_seconds": 1.0, "images_per_second": 1.0, "compile_seconds": 0.0, **more}
     return [
@@ -54,8 +59,5 @@ def runs_of(accuracies: dict[str, list[float]], **more) -> list[dict]:
     ]
 
 
-CONFIG = {
-    "data": "", "training_images": 0, "epochs": 1, "device_name": "", "precision": "", "compile": False, "parallel": 1,
-    "processes": 1,
-    "arch": "small", "seeds": 1, "against": "residual",
-}  # fmt: skip
+CONFIG = {"data": "", "training_images": 0, "epochs": 1, "seeds": 1, "models": [], "device_name": "", "precision": ""}
+CONFIG |= {"compile": False, "parallel": 1, "processes": 1, "against": "residual"}

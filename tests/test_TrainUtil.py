@@ -74,7 +74,8 @@ def test_every_trainable_parameter_is_in_one_optimizer_without_weight_decay():
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told to keep memory")
 def test_freed_memory_is_kept_for_the_next_step():
     program = """if True:
-        import resource, sys, torch, TrainUtil
+        import resource, sys, torch
+        from comparison.device import keep_memory
 
         def page_faults():
             before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -238,3 +239,38 @@ def test_evaluate_counts_the_right_answers(data):
         model.seen, labels = 0, data.test_labels.long()
         labels[:wrong] = (labels[:wrong] + 1) % 10
         assert TrainUtil.evaluate(model, data, batch_size=300) == pytest.approx(1 - wrong / 1000)
+
+
+class Around(nn.Module):
+    """A layer whose block has a name of its own."""
+
+    def __init__(self, **blocks: nn.Module) -> None:
+        super().__init__()
+        self.f = nn.Conv2d(8, 8, 3, padding=1)
+        for name, block in blocks.items():
+            setattr(self, name, block)
+
+
+def test_every_parameter_is_in_one_group_whatever_blocks_are_called():
+    options = {"channel_dim": 1}
+    model = nn.Sequential(
+        Around(residual1=TrainUtil.LAuReL(**options), skip=TrainUtil.LAuReL_LR(8, norm=nn.GroupNorm(1, 8), **options)),
+        Around(residuals=nn.ModuleList([TrainUtil.LAuReL_PA(8, shared=False, **options)])),
+        nn.BatchNorm2d(8),
+    )
+    muon, adam = TrainUtil.optimizers(model, Recipe(block_decay=0.1))
+    others, blocks = (group["params"] for group in adam.param_groups)
+    (filters,) = (group["params"] for group in muon.param_groups)
+    every = [id(p) for group in (filters, others, blocks) for p in group]
+    assert sorted(every) == sorted(id(p) for p in model.parameters())
+    assert {id(p) for p in filters} == {id(layer.f.weight) for layer in model[:2]}
+    inside = [model[0].residual1, model[0].skip, model[1].residuals]
+    assert {id(p) for p in blocks} == {id(p) for block in inside for p in block.parameters()}
+    assert [group["weight_decay"] for group in adam.param_groups] == [0.0, 0.1]
+
+
+def test_evaluating_changes_nothing(data):
+    model = network().train()
+    before = TrainUtil.digest(model)
+    TrainUtil.evaluate(model, data)
+    assert TrainUtil.digest(model) == before

@@ -1,7 +1,20 @@
+import io
+import os
 import re
-import time
+import subprocess
+import sys
 
-from comparison.console import Monitor
+import pytest
+import rich
+from rich.console import Console
+from script import POSIX, ROOT, SYNTHETIC, run
+
+from comparison import console
+from comparison.console import Monitor, print_table
+from comparison.report import table
+from comparison.study import Study
+
+EPOCH = {"train_loss": 1.0, "test_accuracy": 0.5}
 
 
 def test_plain_lines_where_the_output_is_no_terminal(finished):
@@ -14,14 +27,98 @@ def test_plain_lines_where_the_output_is_no_terminal(finished):
     assert "\x1b" not in finished[0].stdout
 
 
-def test_what_is_left_is_told_when_something_has_been_done(capsys, monkeypatch):
-    history, clock = [{"train_loss": 1.0, "test_accuracy": 0.5}], [0.0]
-    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
-    for first, expected in ((0.5, None), (0.0, "1:00 min left")):  # the part of the run that its first report has done
-        clock[0] = 0.0
-        monitor = Monitor(["residual, seed 0"], [False], 2)
-        clock[0] = 59.7
-        monitor.report(0, first, 100, 1.0, history[:0])
-        monitor.report(0, 0.5, 100, 1.0, history)
-        printed = capsys.readouterr().out
-        assert (expected in printed) if expected else ("left" not in printed)
+def test_the_time_left_is_that_of_what_this_process_has_done(capsys):
+    """What a resumed run had done before says nothing of the speed."""
+    for resumed, expected in ((False, "1:00 min left"), (True, "0:50 min left")):
+        monitor, clock = Monitor(["residual, seed 0"], [False], 4), [0.0]
+        monitor.bar.get_time = lambda clock=clock: clock[0]
+        reports = [(0, 0.25, 1), (10, 0.3, 1), (30, 0.5, 2)] if resumed else [(0, 0.25, 0), (30, 0.5, 1)]
+        for clock[0], work, epochs in reports:
+            monitor.report(0, work, 100, 1.0, [EPOCH] * epochs)
+        assert expected in capsys.readouterr().out
+
+
+def shown(width: int, **content) -> str:
+    before = rich.get_console()
+    rich._console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
+    try:
+        print_table(**content)
+        return rich.get_console().file.getvalue()
+    finally:
+        rich._console = before
+
+
+@pytest.mark.parametrize("width", [40, 80, 100, 120, 220])
+def test_no_number_of_a_table_is_cut(width, finished):
+    content = table(Study.read(finished[1]).config, Study.read(finished[1]).in_order())
+    text = shown(width, **content)
+    assert "…" not in text
+    for row in content["rows"]:
+        for cell in row:
+            assert cell in text
+    if width >= 80:
+        assert max(map(len, text.splitlines()[1:-1])) <= width
+
+
+def test_names_are_shown_as_they_are():
+    content = {"title": "photos[small]", "columns": ["model", "a"], "rows": [["[b]", ":smile:"]], "notes": "[/]"}
+    assert all(part in shown(80, **content) for part in ("photos[small]", "[b]", ":smile:", "[/]"))
+
+
+ENCODINGS = {"ascii": "+/-", "cp437": "±", "cp932": "±", "cp1251": "±", "cp1252": "±", "utf-8": "±"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_output_fits_every_encoding(encoding, finished):
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    for options in (["--help"], ["--draw", str(finished[1])]):
+        command = [sys.executable, ROOT / "Test.py", *options]
+        done = subprocess.run(command, capture_output=True, env=environment, encoding=encoding)
+        assert done.returncode == 0, done.stderr
+        assert "\ufffd" not in done.stdout
+    assert ENCODINGS[encoding] in done.stdout
+    assert "?" not in done.stdout
+
+
+def in_terminal(*options: str, **environment: str) -> str:
+    """What a terminal of 80 columns gets."""
+    pty = pytest.importorskip("pty")
+    main, end = pty.openpty()
+    command = [sys.executable, ROOT / "Test.py", *options]
+    variables = {**os.environ, "COLUMNS": "80", "TERM": "xterm", **environment}
+    process = subprocess.Popen(command, stdin=end, stdout=end, stderr=end, env=variables)
+    os.close(end)
+    text = b""
+    try:
+        while part := os.read(main, 4096):
+            text += part
+    except OSError:  # Linux's way to say that the other end is closed
+        pass
+    assert process.wait() == 0, text
+    return text.decode()
+
+
+@pytest.mark.slow
+@POSIX
+def test_a_terminal_has_a_live_line_and_a_dumb_one_plain_lines(tmp_path):
+    options = (*SYNTHETIC, "--models", "residual")
+    live = in_terminal(*options, "--out", str(tmp_path / "live"))
+    assert "\x1b[2K" in live
+    assert re.search(r"images/s", live)
+    assert "…" not in live
+    dumb = in_terminal(*options, "--out", str(tmp_path / "dumb"), TERM="dumb")
+    assert "epoch 1/1, loss" in dumb
+    assert "\x1b" not in dumb
+
+
+@pytest.mark.slow
+def test_a_file_gets_plain_lines_whatever_forces_colours(tmp_path):
+    done = run(*SYNTHETIC, "--models", "residual", "--out", str(tmp_path), env={**os.environ, "FORCE_COLOR": "1"})
+    assert "epoch 1/1, loss" in done.stdout
+    assert "\x1b" not in done.stdout
+
+
+def test_what_an_encoding_lacks_is_spelled():
+    assert "α ± 0.1 – β × γ … é".encode("ascii", errors="spell") == b"alpha +/- 0.1 - beta x gamma ... ?"
+    assert console.UserError("message").code == 2

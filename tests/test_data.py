@@ -66,11 +66,11 @@ def test_batches_are_channels_last_and_normalised():
 
 
 def test_hold_out_tests_on_training_images_that_are_not_trained_on(data):
-    data = data.hold_out(1000)
-    assert torch.equal(torch.cat([data.train_images, data.test_images]), data.train_images)
-    assert torch.equal(torch.cat([data.train_labels, data.test_labels]), data.train_labels)
-    assert len(data.test_labels) == 1000
-    assert "held-out" in data.name
+    held = data.hold_out(1000)
+    assert torch.equal(torch.cat([held.train_images, held.test_images]), data.train_images)
+    assert torch.equal(torch.cat([held.train_labels, held.test_labels]), data.train_labels)
+    assert len(held.test_labels) == 1000
+    assert "held-out" in held.name
 
 
 def test_synthetic_set_has_the_shapes_of_cifar10_and_is_the_same_each_time(data):

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import TrainUtil
+from comparison.console import UserError
 from comparison.data import synthetic
 from comparison.distributed import SynchronizedBatchNorm, process_group
 from TrainUtil import Recipe, train
@@ -28,49 +29,69 @@ def test_a_batch_in_parts_has_the_gradient_of_the_whole(data):
     for state, losses in states[1:]:
         torch.testing.assert_close(losses, states[0][1], rtol=1e-5, atol=0)
         torch.testing.assert_close(state, states[0][0], rtol=1e-3, atol=1e-4)
-    with pytest.raises(ValueError, match="100 images can't be divided by 1 processes and 101 parts"):
+    with pytest.raises(UserError, match="an image for each process, got 100 images a batch in 101 parts"):
         train(small_network(norm=False), data.limit(200), recipe, 0, accumulate=101)
 
 
-def train_with_others(rank: int, world: int, folder: str, norm: bool, sizes: tuple[int, ...]) -> None:
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="localhost", LOCAL_RANK=str(rank))
-    os.environ["MASTER_PORT"] = (Path(folder) / "port").read_text()
-    images, batch, accumulate = sizes
-    data, net = synthetic().limit(images), small_network(norm)
+SIZES = [(200, 50, 1), (99, 33, 1), (200, 50, 2), (99, 33, 2)]  # images, batch, parts
+SETTINGS = [(norm, *sizes) for norm in (True, False) for sizes in SIZES]
+
+
+def setting(norm: bool, images: int, batch: int) -> tuple:
     # A low learning rate: Muon's steps are otherwise so large that rounding differences grow in a few steps.
     recipe = Recipe(epochs=3, batch_size=batch, filter_lr=0.01, lr=0.001)
+    return small_network(norm), synthetic().limit(images), recipe, 0
+
+
+def train_with_others(rank: int, world: int, folder: str) -> None:
+    os.environ.update(TORCHELASTIC_RUN_ID="1", RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=(Path(folder) / "port").read_text())
     TrainUtil.compiled = lambda models, accumulate: models  # the warm-up, without the compiler's minute
+    results = {}
     with process_group(torch.device("cpu")):
-        path = Path(folder) / f"{rank}.pt"
-        result = train(net, data, recipe, 0, compile=True, accumulate=accumulate, checkpoint=path)
-    torch.save((result, net.state_dict()), Path(folder) / f"result{rank}")
+        for norm, images, batch, accumulate in SETTINGS:
+            network, *others = setting(norm, images, batch)
+            path = Path(folder) / f"{rank}, {norm}, {images}, {accumulate}.pt"
+            result = train(network, *others, compile=True, accumulate=accumulate, checkpoint=path)
+            results[norm, images, batch, accumulate] = result, network.state_dict(), path.exists()
+            del network
+    threads = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    torch.save((results, threads), Path(folder) / f"result{rank}")
 
 
-@pytest.mark.parametrize("norm", [True, False], ids=["batch norm", "group norm"])
-@pytest.mark.parametrize("sizes", [(200, 50, 1), (99, 33, 1), (200, 50, 2), (99, 33, 2)], ids=str)
-def test_two_processes_train_as_one_with_the_whole_batch(norm, sizes, tmp_path):
-    """Batches of odd size too. In parts the curve is another with batch norm, which has the statistics of each part."""
+@pytest.fixture(scope="module")
+def in_two_processes(tmp_path_factory) -> list[tuple]:
+    folder = tmp_path_factory.mktemp("together")
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        (tmp_path / "port").write_text(str(free.getsockname()[1]))
-    torch.multiprocessing.spawn(train_with_others, (2, str(tmp_path), norm, sizes), nprocs=2)
-    (first, state), (second, other) = (torch.load(tmp_path / f"result{rank}") for rank in (0, 1))
+        (folder / "port").write_text(str(free.getsockname()[1]))
+    torch.multiprocessing.spawn(train_with_others, (2, str(folder)), nprocs=2)
+    return [torch.load(folder / f"result{rank}") for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("norm_and_sizes", SETTINGS, ids=str)
+def test_two_processes_train_as_one_with_the_whole_batch(norm_and_sizes, in_two_processes):
+    """Batches of odd size too. In parts the curve is another with batch norm, which has the statistics of each part."""
+    (first, state, written), (second, other, written_too) = (results[norm_and_sizes] for results, _ in in_two_processes)
     torch.testing.assert_close(other, state, rtol=0, atol=0)  # the processes agree to the bit
     assert [e["test_accuracy"] for e in second["history"]] == [e["test_accuracy"] for e in first["history"]]
-    assert (tmp_path / "0.pt").exists()
-    assert not (tmp_path / "1.pt").exists()  # the first one writes alone
-    images, batch, accumulate = sizes
+    assert (written, written_too) == (True, False)  # only the first one writes
+    norm, images, batch, accumulate = norm_and_sizes
     if norm and accumulate > 1:
         return
-    net = small_network(norm)
-    recipe = Recipe(epochs=3, batch_size=batch, filter_lr=0.01, lr=0.001)
-    one = train(net, synthetic().limit(images), recipe, 0)
-    torch.testing.assert_close(
-        [e["train_loss"] for e in first["history"]], [e["train_loss"] for e in one["history"]], rtol=1e-5, atol=0
-    )
-    assert state.keys() == net.state_dict().keys()
-    torch.testing.assert_close(state, net.state_dict(), rtol=1e-3, atol=1e-4)
+    network, *others = setting(norm, images, batch)
+    one = train(network, *others)
+    losses = ([entry["train_loss"] for entry in run["history"]] for run in (first, one))
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
+    assert state.keys() == network.state_dict().keys()
+    torch.testing.assert_close(state, network.state_dict(), rtol=1e-3, atol=1e-4)
+
+
+def test_no_thread_of_gloo_outlives_its_group(in_two_processes):
+    """One that needs the GIL at the end of the interpreter would abort the process."""
+    for _, threads in in_two_processes:
+        assert threads
+        assert not [name for name in threads if "gloo" in name]
 
 
 def test_a_synchronized_batch_norm_of_one_process_is_batch_norm():

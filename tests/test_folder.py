@@ -8,7 +8,7 @@ from torch import nn
 from torchvision.transforms import v2
 from torchvision.transforms.functional import to_pil_image
 
-from comparison.console import DataError
+from comparison.console import UserError
 from comparison.data import STATISTICS
 from comparison.folder import Images, load_folder
 from TrainUtil import Recipe, train
@@ -75,7 +75,7 @@ def test_tested_images_are_resized_and_cropped_in_the_middle(images):
     torch.testing.assert_close(x[0], (expected - mean) / std, rtol=0, atol=0.02)
 
 
-def test_a_process_without_a_share_of_the_test_images_has_no_batch(images, monkeypatch):
+def test_a_process_without_a_shard_of_the_test_images_has_no_batch(images, monkeypatch):
     monkeypatch.setattr("comparison.distributed.processes", lambda: (20, 21))
     data = load_folder(images, 32, workers=0)
     assert list(data.test_batches(8)) == []
@@ -119,7 +119,7 @@ FAULTS = {
     "class missing in val": "has no folder for dog",
     "class missing in train": "has no folder for dog",
     "class without images": "dog",
-    "one class": "one class alone, cat",
+    "one class": "only one class, cat",
 }
 
 
@@ -127,7 +127,7 @@ FAULTS = {
 @pytest.mark.parametrize("workers", [0, 2])
 def test_what_is_wrong_with_a_folder_is_said(fault, reason, workers, images):
     path = break_folder(images, fault)
-    with pytest.raises(DataError, match=reason) as error:
+    with pytest.raises(UserError, match=reason) as error:
         for _ in load_folder(images, 32, workers).batches(0, 0, 8):
             pass
     assert str(path) in str(error.value)

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from script import ROOT, STUDY, SYNTHETIC, numbers, run
 
+pytestmark = pytest.mark.slow  # they start many processes
+
 
 def test_runs_side_by_side_give_the_numbers_of_one_after_the_other(tmp_path):
     results = {}

@@ -1,12 +1,15 @@
+import copy
 import json
+import os
 import shutil
 
 import pytest
-from script import CONFIG, PICTURES, ROOT, runs_of
+from script import CONFIG, PICTURES, ROOT, run, runs_of
 
 import Test
-from comparison.pictures import draw
+from comparison.pictures import figures
 from comparison.report import summarize
+from comparison.study import CONFIG_FIELDS, EPOCH_FIELDS, RUN_FIELDS
 
 STORED = sorted(path.parent for path in (ROOT / "results").glob("*/results.json"))
 
@@ -25,12 +28,8 @@ def test_every_stored_study_can_be_drawn_again_from_its_file_alone(study, tmp_pa
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 
-def test_pictures_show_the_numbers_of_the_table(tmp_path, monkeypatch):
+def test_pictures_show_the_numbers_of_the_table():
     """Rows of a forest plot, points and intervals; curves with their means; axes with units."""
-    import matplotlib.pyplot as plt
-
-    figures = []
-    monkeypatch.setattr(plt, "close", figures.append)
     base, rw = [0.870, 0.872, 0.868], [0.881, 0.882, 0.876]
     history = [[{"seconds": 2.0, "test_accuracy": a - 0.1}, {"seconds": 3.0, "test_accuracy": a}] for a in base + rw]
     values = [{}] * 3 + [
@@ -39,8 +38,9 @@ def test_pictures_show_the_numbers_of_the_table(tmp_path, monkeypatch):
     runs = runs_of({"residual": base, "rw": rw})
     runs = [{**run, "history": h, "learned": v} for run, h, v in zip(runs, history, values)]
     runs[3]["parameters"] = runs[4]["parameters"] = runs[5]["parameters"] = 110
-    assert [path.name for path in draw(tmp_path, {**CONFIG, "seeds": 3}, runs)] == list(PICTURES)
-    accuracy, differences, parameters, learned = (figure.axes for figure in figures)
+    drawn = figures({**CONFIG, "seeds": 3}, runs)
+    assert list(drawn) == list(PICTURES)
+    accuracy, differences, parameters, learned = (figure.axes for figure in drawn.values())
     assert accuracy[0].get_xlabel() == "training time (s)"
     assert accuracy[0].get_ylabel() == "test accuracy (%)"
     lines = {line.get_label(): line for line in accuracy[0].lines}
@@ -80,3 +80,38 @@ def test_a_study_can_be_drawn_against_another_model(finished, tmp_path, capsys):
     error = capsys.readouterr().err
     assert "--against lr" in error
     assert "residual, rw, rw+lr+pa@4/2" in error
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "nothing"])
+def test_a_notebooks_backend_does_not_matter(backend, finished):
+    done = run("--draw", str(finished[1]), env={**os.environ, "MPLBACKEND": backend})
+    assert done.returncode == 0, done.stderr
+    assert "accuracy.png" in done.stdout
+
+
+def test_a_dollar_in_a_name_is_a_dollar(finished, tmp_path):
+    study = json.loads((finished[1] / "results.json").read_text())
+    study["config"]["data"] = r"cats$^$, \\frac{"
+    (tmp_path / "results.json").write_text(json.dumps(study))
+    assert Test.main(["--draw", str(tmp_path)]) == 0
+    assert (tmp_path / "accuracy.png").exists()
+
+
+@pytest.mark.parametrize("value", [None, "missing", []], ids=str)
+def test_a_field_that_is_missing_or_wrong_is_named(value, finished, tmp_path, capsys):
+    whole = json.loads((finished[1] / "results.json").read_text())
+    for place, names in {"config": CONFIG_FIELDS, "run 2": RUN_FIELDS, "history": EPOCH_FIELDS}.items():
+        for name in names:
+            if isinstance(value, names[name]):
+                continue
+            study = copy.deepcopy(whole)
+            run = study["runs"][1]
+            part = {"config": study["config"], "run 2": run, "history": run["history"][0]}[place]
+            part.pop(name) if value == "missing" else part.update({name: value})
+            (tmp_path / "results.json").write_text(json.dumps(study))
+            assert Test.main(["--draw", str(tmp_path)]) == 2
+            error = capsys.readouterr().err
+            assert len(error.splitlines()) == 1
+            assert name in error
+            assert place in error

