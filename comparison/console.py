@@ -13,7 +13,18 @@ from rich.table import Column, Table
 from rich.text import Text
 
 # For the encodings that lack them
-SPELLED = {"α": "alpha", "β": "beta", "γ": "gamma", "Σ": "sum", "·": "*", "±": "+/-", "–": "-", "×": "x", "…": "..."}
+SPELLED = {
+    "α": "alpha",
+    "β": "beta",
+    "γ": "gamma",
+    "Σ": "sum",
+    "§": "section ",
+    "·": "*",
+    "±": "+/-",
+    "–": "-",
+    "×": "x",
+    "…": "...",
+}
 
 
 class UserError(Exception):

@@ -1,9 +1,14 @@
 """The script as the tests run it, and results that were not run."""
 
+import functools
+import importlib
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,6 +25,37 @@ SYNTHETIC = ("--dataset", "synthetic", "--limit", "200", "--batch-size", "100", 
 def run(*options: str, **kwargs) -> subprocess.CompletedProcess:
     command = [sys.executable, str(ROOT / "Test.py"), *options]
     return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", **kwargs)
+
+
+def in_child(options: tuple[str, ...], output: str, before: Callable[[], None] | None) -> None:
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for stream in (1, 2):
+        os.dup2(file, stream)
+    if before:
+        before()
+    sys.exit(importlib.import_module("Test").main(list(options)))
+
+
+@functools.cache
+def forkserver() -> multiprocessing.context.ForkServerContext:
+    """Starts processes that have imported the script already, which takes longer than most of what they do."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["Test"])
+    return context
+
+
+def start(*options: str, output: Path, before: Callable[[], None] | None = None) -> multiprocessing.Process:
+    """Starts the script in another process, whose output goes to a file; before is called there first."""
+    process = forkserver().Process(target=in_child, args=(options, str(output), before))
+    process.start()
+    return process
+
+
+def wait_for(there: Callable[[], object], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not there():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def torchrun(*options: str, restarts: int = 0) -> list[str]:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from script import POSIX, ROOT, STUDY, SYNTHETIC, numbers, run
+from script import POSIX, STUDY, SYNTHETIC, numbers, start, wait_for
 
 import Test
 import TrainUtil
@@ -91,20 +91,22 @@ def test_results_that_are_none_are_left_alone(text, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_second_process_on_one_folder_is_refused(tmp_path, capsys):
-    command = [sys.executable, str(ROOT / "Test.py"), *STUDY, "--epochs", "50", "--out", str(tmp_path)]
-    first = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+@POSIX
+def test_a_second_process_on_one_folder_is_refused(tmp_path):
+    out = tmp_path / "out"
+    first = start(*STUDY, "--epochs", "50", "--out", str(out), output=tmp_path / "first")
     try:
-        first.stdout.readline()
-        second = run(*STUDY, "--epochs", "50", "--out", str(tmp_path))
-        assert first.poll() is None
+        wait_for(lambda: (tmp_path / "first").exists() and "epoch 1/50" in (tmp_path / "first").read_text())
+        second = start(*STUDY, "--epochs", "50", "--out", str(out), output=tmp_path / "second")
+        second.join()
+        assert first.is_alive()
     finally:
         first.kill()
-        first.communicate()
-    assert second.returncode == 2
-    assert "in use by another process" in second.stderr
-    assert second.stdout == ""
-    json.loads((tmp_path / "results.json").read_text())
+        first.join()
+    assert second.exitcode == 2
+    assert len((tmp_path / "second").read_text().splitlines()) == 1
+    assert "in use by another process" in (tmp_path / "second").read_text()
+    json.loads((out / "results.json").read_text())
 
 
 @pytest.mark.slow
@@ -114,60 +116,51 @@ def test_killed_at_random_moments_a_study_ends_with_the_same_bits(uninterrupted,
     kills, studies = 0, 0
     while kills < 20:
         out = tmp_path / str(studies)
-        command = [sys.executable, str(ROOT / "Test.py"), *STUDY, "--out", str(out)]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        if generator.random() < 0.5:
-            process.stdout.readline()  # what comes before the first epoch has ended takes most of the time
-        try:
-            process.communicate(timeout=generator.uniform(0, 3))
-            assert process.returncode == 0
+        process = start(*STUDY, "--out", str(out), output=tmp_path / "output")
+        process.join(generator.uniform(0, 1.5))
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+            kills += 1
+        else:
+            assert process.exitcode == 0
             assert numbers(out) == uninterrupted
             studies += 1
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.communicate()
-            kills += 1
-    assert run(*STUDY, "--out", str(out)).returncode == 0
+    process = start(*STUDY, "--out", str(out), output=tmp_path / "output")
+    process.join()
     assert numbers(out) == uninterrupted
     assert not list(out.rglob(PARTIAL + "*"))
     assert not (out / "checkpoints").exists()
+
+
+def kill_at(name: str, n: int) -> None:
+    """Kills this process in the n-th call of a function of os."""
+    original, calls = getattr(os, name), 0
+
+    def counting(*args):
+        nonlocal calls
+        calls += 1
+        if calls == n:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args)
+
+    setattr(os, name, counting)
 
 
 @pytest.mark.slow
 @POSIX
 def test_killed_while_a_file_is_written_a_study_ends_with_the_same_bits(uninterrupted, tmp_path):
     """In the n-th write, before it is flushed and before it is renamed, until a run gets to its end."""
-    program = """if True:
-        import os, signal, sys, Test
-        name, n = sys.argv[1], int(sys.argv[2])
-        original, calls = getattr(os, name), 0
-
-        def kill(*args):
-            global calls
-            calls += 1
-            if calls == n:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return original(*args)
-
-        setattr(os, name, kill)
-        sys.exit(Test.main(sys.argv[3:]))
-    """
-    codes = []
-    for name, n in [
-        ("fsync", 1),
-        ("replace", 1),
-        ("fsync", 3),
-        ("replace", 4),
-        ("fsync", 6),
-        ("replace", 6),
-        ("fsync", 99),
-    ]:
-        command = [sys.executable, "-c", program, name, str(n), *STUDY, "--out", str(tmp_path)]
-        codes.append(subprocess.run(command, cwd=ROOT, capture_output=True).returncode)
+    out, codes = tmp_path / "out", []
+    moments = {"fsync": (1, 3, 6), "replace": (1, 4, 6)}
+    for name, n in [*((name, n) for name, ns in moments.items() for n in ns), ("fsync", 99)]:
+        process = start(*STUDY, "--out", str(out), output=tmp_path / "output", before=partial(kill_at, name, n))
+        process.join()
+        codes.append(process.exitcode)
     assert codes == 6 * [-signal.SIGKILL] + [0]
-    assert numbers(tmp_path) == uninterrupted
-    assert not list(tmp_path.rglob(PARTIAL + "*"))
-    assert not (tmp_path / "checkpoints").exists()
+    assert numbers(out) == uninterrupted
+    assert not list(out.rglob(PARTIAL + "*"))
+    assert not (out / "checkpoints").exists()
 
 
 def test_a_checkpoint_of_a_study_that_is_gone_is_not_used(half_finished, uninterrupted, tmp_path, capsys):
@@ -294,29 +287,22 @@ def test_out_of_memory_is_told_from_other_errors(error, expected):
     assert out_of_memory(error) == expected
 
 
+def limit(kind: str, size: int) -> None:
+    resource.setrlimit(getattr(resource, kind), (size, size))
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the memory of a process")
 def test_out_of_memory_names_the_model_and_what_to_try(tmp_path):
-    def limit():
-        resource.setrlimit(resource.RLIMIT_DATA, (2 << 30, 2 << 30))
-
-    options = (
-        "--dataset",
-        "synthetic",
-        "--models",
-        "rw",
-        "--arch",
-        "wide",
-        "--batch-size",
-        "5000",
-        "--precision",
-        "float32",
-    )
-    done = run(*options, "--out", str(tmp_path), preexec_fn=limit)
-    assert done.returncode == 1, done.stderr
-    for part in ("rw, seed 0", "out of memory", "--batch-size 5000", "smaller"):
-        assert part in done.stderr
-    assert "Traceback" not in done.stderr
+    options = ["--dataset", "synthetic", "--models", "rw", "--arch", "wide", "--batch-size", "5000"]
+    options += ["--precision", "float32", "--out", str(tmp_path / "out")]
+    process = start(*options, output=tmp_path / "output", before=partial(limit, "RLIMIT_DATA", 2 << 30))
+    process.join()
+    text = (tmp_path / "output").read_text()
+    assert process.exitcode == 1, text
+    for part in ("rw, seed 0", "out of memory", "--batch-size than 5000", "smaller"):
+        assert part in text
+    assert "Traceback" not in text
 
 
 @pytest.mark.slow
@@ -326,21 +312,20 @@ def test_a_full_disk_ends_with_what_was_computed(size, finished, tmp_path):
     """A limit to the size of files: below that of a checkpoint, and below that of results.json with some runs in it."""
     out = shutil.copytree(finished[1], tmp_path / "out")
     before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
-
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-
-    options = ("--models", "residual", "rw", "rw+lr+pa@4/2", "--seeds", "3", "--out", str(out))
-    done = run(*SYNTHETIC, *options, preexec_fn=limit)
-    assert done.returncode == 1
-    assert "File too large" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert re.search(r"\| rw +\|", done.stdout)
+    options = [*SYNTHETIC, "--models", "residual", "rw", "rw+lr+pa@4/2", "--seeds", "3", "--out", str(out)]
+    process = start(*options, output=tmp_path / "output", before=partial(limit, "RLIMIT_FSIZE", size))
+    process.join()
+    text = (tmp_path / "output").read_text()
+    assert process.exitcode == (1 if size == 100_000 else 2), text
+    assert "File too large" in text
+    assert "Traceback" not in text
     after = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
     if size == 5_000:
         assert after == before
+    else:
+        assert re.search(r"\| rw +\|", text)
     assert json.loads(after["results.json"])["runs"] == json.loads(before["results.json"])["runs"]
-    assert run(*SYNTHETIC, *options).returncode == 0
+    assert Test.main(options) == 0
     assert len(json.loads((out / "results.json").read_text())["runs"]) == 9
 
 

@@ -121,22 +121,31 @@ def test_restarts_over_several_machines_need_a_store_that_is_not_kept_over_them(
     Test.parse(["--out", str(tmp_path), "--device", "cpu"])
 
 
+def test_what_the_first_process_refuses_is_said_once(tmp_path):
+    options = ["--dataset", "imagefolder", "--data-dir", "/nowhere", "--out", str(tmp_path / "out")]
+    done = subprocess.run(torchrun(*options), capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode != 0
+    said = [line for line in done.stderr.splitlines() if "/nowhere/train" in line]
+    assert len(said) == 1
+    assert "Traceback" not in done.stderr.partition(said[-1])[0]
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
 @pytest.mark.parametrize(
     ("options", "restarts", "part"),
     [
-        (["--parallel", "2"], 0, "no --parallel"),
-        (["--profile"], 0, "no --profile"),
-        ([], 1, "name the folder with --out"),
-        (["--models", "nothing"], 0, "'nothing'"),
-        (["--dataset", "imagefolder", "--data-dir", "/nowhere", "--out"], 0, "/nowhere/train"),
+        (["--parallel", "2"], "0", "no --parallel"),
+        (["--profile"], "0", "no --profile"),
+        ([], "1", "name the folder with --out"),
+        (["--models", "nothing"], "0", "'nothing'"),
     ],
     ids=str,
 )
-def test_what_torchrun_cannot_do_is_said_once(options, restarts, part, tmp_path):
-    if options[-1:] == ["--out"]:
-        options = [*options, str(tmp_path / "out")]
-    done = subprocess.run(torchrun(*options, restarts=restarts), capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode != 0
-    said = [line for line in done.stderr.splitlines() if part in line]
-    assert len(said) == 1 + restarts
-    assert "Traceback" not in done.stderr.partition(said[-1])[0]
+def test_what_torchrun_cannot_do_is_said_by_one_process(rank, options, restarts, part, monkeypatch, capsys):
+    started = {"TORCHELASTIC_RUN_ID": "1", "TORCHELASTIC_MAX_RESTARTS": restarts, "WORLD_SIZE": "2", "RANK": rank}
+    for name, value in {**started, "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": rank}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as end:
+        Test.parse(options)
+    assert end.value.code == 2
+    assert (part in capsys.readouterr().err) == (rank == "0")
