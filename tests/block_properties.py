@@ -7,15 +7,13 @@ import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from fake_gpu import gpu_autocast
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -55,30 +53,6 @@ def randomize(block: nn.Module) -> nn.Module:
         for p in block.parameters():
             p.copy_(0.5 * torch.randn(p.shape, generator=generator))
     return block
-
-
-@cache
-def has_fake_gpu() -> bool:
-    """Whether this torch has fake tensors on a GPU that is not there; one that has not may abort the process."""
-    probe = "with FakeTensorMode(): torch.zeros(2, device='cuda', requires_grad=True)[0] + 1"
-    imports = "import torch; from torch._subclasses.fake_tensor import FakeTensorMode"
-    return subprocess.run([sys.executable, "-c", f"{imports}\n{probe}"], capture_output=True).returncode == 0
-
-
-@contextmanager
-def gpu_autocast() -> Iterator[None]:
-    """Autocast to bfloat16 on a GPU that need not be there: tensors have shapes and dtypes, and no values."""
-    if not has_fake_gpu():
-        pytest.skip("this torch has fake tensors on a GPU only where there is one")
-    before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
-    torch.set_autocast_enabled("cuda", True)
-    torch.set_autocast_dtype("cuda", BFLOAT16)
-    try:
-        with FakeTensorMode(), torch.device("cuda"):
-            yield
-    finally:
-        torch.set_autocast_enabled("cuda", before[0])
-        torch.set_autocast_dtype("cuda", before[1])
 
 
 class Chain(nn.Module):
