@@ -7,7 +7,7 @@ import sys
 import pytest
 import rich
 from rich.console import Console
-from script import POSIX, ROOT, SYNTHETIC, run
+from script import POSIX, ROOT, SYNTHETIC
 
 import Test
 from comparison import console
@@ -67,15 +67,14 @@ def test_names_are_shown_as_they_are():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
-def test_output_fits_its_encoding(encoding, finished):
+@pytest.mark.parametrize(("encoding", "options"), [("ascii", "--help"), ("cp1252", "--draw")])
+def test_output_fits_its_encoding(encoding, options, finished):
+    command = [sys.executable, ROOT / "Test.py", options, *[str(finished[1])] * (options == "--draw")]
     environment = {**os.environ, "PYTHONIOENCODING": encoding}
-    for options in (["--help"], ["--draw", str(finished[1])]):
-        command = [sys.executable, ROOT / "Test.py", *options]
-        done = subprocess.run(command, capture_output=True, env=environment, encoding=encoding)
-        assert done.returncode == 0, done.stderr
-        assert "?" not in done.stdout
-        assert options == ["--help"] or ("±" in done.stdout) == (encoding == "cp1252")
+    done = subprocess.run(command, capture_output=True, env=environment, encoding=encoding)
+    assert done.returncode == 0, done.stderr
+    assert "?" not in done.stdout
+    assert options == "--help" or "±" in done.stdout
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp437", "cp932", "cp1251", "cp1252", "utf-8"])
@@ -105,22 +104,39 @@ def in_terminal(*options: str, **environment: str) -> str:
 
 @pytest.mark.slow
 @POSIX
-def test_a_terminal_has_a_live_line_and_a_dumb_one_plain_lines(tmp_path):
-    options = (*SYNTHETIC, "--models", "residual")
-    live = in_terminal(*options, "--out", str(tmp_path / "live"))
+def test_a_terminal_has_a_live_line_of_which_nothing_is_cut(tmp_path):
+    live = in_terminal(*SYNTHETIC, "--models", "residual", "--out", str(tmp_path))
     assert "\x1b[2K" in live
-    assert re.search(r"images/s", live)
+    assert "images/s" in live
     assert "…" not in live
-    dumb = in_terminal(*options, "--out", str(tmp_path / "dumb"), TERM="dumb")
-    assert "epoch 1/1, loss" in dumb
-    assert "\x1b" not in dumb
 
 
-@pytest.mark.slow
-def test_a_file_gets_plain_lines_whatever_forces_colours(tmp_path):
-    done = run(*SYNTHETIC, "--models", "residual", "--out", str(tmp_path), env={**os.environ, "FORCE_COLOR": "1"})
-    assert "epoch 1/1, loss" in done.stdout
-    assert "\x1b" not in done.stdout
+@pytest.mark.parametrize(
+    ("tty", "variables", "expected"),
+    [
+        (True, {"TERM": "xterm"}, True),
+        (True, {"TERM": "dumb"}, False),
+        (False, {"TERM": "xterm", "FORCE_COLOR": "1"}, False),
+        (True, {"TERM": "dumb", "FORCE_COLOR": "1"}, False),
+    ],
+    ids=str,
+)
+def test_only_a_terminal_that_can_show_it_gets_a_live_line(tty, variables, expected, monkeypatch, capsys):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: tty, raising=False)
+    console.set_up_output(quiet=False)
+    try:
+        assert Monitor([""], [False], 1).bar.disable == (not expected)
+        monitor = Monitor(["residual"], [False], 1)
+        monitor.report(0, 0.5, 1, 1.0, [])
+        monitor.report(0, 1.0, 1, 1.0, [EPOCH])
+        printed = capsys.readouterr().out
+        assert ("epoch 1/1, loss" in printed) == (not expected)
+        assert "\x1b" not in printed
+    finally:
+        monkeypatch.undo()
+        console.set_up_output(quiet=False)
 
 
 def test_what_an_encoding_lacks_is_spelled():

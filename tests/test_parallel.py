@@ -10,22 +10,21 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from script import ROOT, STUDY, SYNTHETIC, numbers, run
+from script import ROOT, STUDY, SYNTHETIC, numbers, results, run
+
+import Test
 
 pytestmark = pytest.mark.slow  # they start many processes
 
 
 def test_runs_side_by_side_give_the_numbers_of_one_after_the_other(tmp_path):
-    results = {}
-    for n in ("1", "2"):
-        options = ("--models", "residual", "pa", "--seeds", "2", "--parallel", n, "--threads", "1")
-        options += ("--out", str(tmp_path / n))
-        done = run(*SYNTHETIC, *options)
-        assert done.returncode == 0, done.stderr
-        results[n] = json.loads((tmp_path / n / "results.json").read_text())["runs"]
-        assert len(re.findall(r"^\[[1-4]/4\] .* epoch 1/1", done.stdout, flags=re.MULTILINE)) == 4
+    options = [*SYNTHETIC, "--models", "residual", "pa", "--seeds", "2", "--threads", "1"]
+    assert Test.main([*options, "--out", str(tmp_path / "1")]) == 0
+    done = run(*options, "--parallel", "2", "--out", str(tmp_path / "2"))
+    assert done.returncode == 0, done.stderr
+    assert len(re.findall(r"^\[[1-4]/4\] .* epoch 1/1", done.stdout, flags=re.MULTILINE)) == 4
     assert "2 runs at a time" in done.stdout
-    for mine, theirs in zip(results["2"], results["1"]):
+    for mine, theirs in zip(results(tmp_path / "2"), results(tmp_path / "1"), strict=True):
         for key in ("model", "seed", "test_accuracy", "learned", "weights_sha256"):
             assert mine[key] == theirs[key]
         assert mine["history"][0]["train_loss"] == theirs["history"][0]["train_loss"]
@@ -60,7 +59,7 @@ def test_side_by_side_killed_processes_take_nothing_with_them(victim, uninterrup
     while any(Path(f"/proc/{pid}").exists() for pid in workers) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
-    assert run(*options).returncode == 0
+    assert Test.main([*STUDY, "--out", str(tmp_path)]) == 0  # by itself
     assert numbers(tmp_path) == uninterrupted
 
 

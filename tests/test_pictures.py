@@ -83,9 +83,8 @@ def test_a_study_can_be_drawn_against_another_model(finished, tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "nothing"])
-def test_a_notebooks_backend_does_not_matter(backend, finished):
-    done = run("--draw", str(finished[1]), env={**os.environ, "MPLBACKEND": backend})
+def test_a_notebooks_backend_does_not_matter(finished):
+    done = run("--draw", str(finished[1]), env={**os.environ, "MPLBACKEND": "module://a_notebook_of_another_project"})
     assert done.returncode == 0, done.stderr
     assert "accuracy.png" in done.stdout
 

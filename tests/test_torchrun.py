@@ -50,11 +50,11 @@ def test_torchrun_gives_the_numbers_of_one_process_once(together, tmp_path):
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler on the CPU")
 def test_torchrun_compiles_and_accumulates_without_changing_the_losses(together, tmp_path):
-    more = ("--epochs", "3", "--models", "rw+lr+pa", "--compile", "--accumulate", "2", "--out", str(tmp_path))
+    more = ("--epochs", "3", "--models", "residual", "--compile", "--accumulate", "2", "--out", str(tmp_path))
     done = subprocess.run(torchrun(*TOGETHER, *more), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     losses = (
-        [entry["train_loss"] for entry in runs[-1]["history"]] for runs in (results(tmp_path), results(together[1]))
+        [entry["train_loss"] for entry in runs[-1]["history"]] for runs in (results(tmp_path), results(together[1])[:1])
     )
     torch.testing.assert_close(*losses, rtol=1e-4, atol=0)
     assert results(tmp_path)[0]["compile_seconds"] > 0
