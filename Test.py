@@ -391,6 +391,6 @@ def profile(options: argparse.Namespace) -> int:
 
 if __name__ == "__main__":
     status = main()
-    if status and launched():
+    if launched():
         leave(status)
     sys.exit(status)

@@ -1,8 +1,6 @@
 """Several processes, as torchrun starts them."""
 
 import contextlib
-import gc
-import importlib
 import os
 import sys
 import time
@@ -39,10 +37,6 @@ def process_group(device: torch.device) -> Iterator[None]:
     if not launched():
         yield
         return
-    # DistributedDataParallel imports this module, whose functions have the group of that moment as a default argument.
-    # Imported after the group is made it keeps the group, and gloo's threads, beyond destroy_process_group; a thread
-    # that needs the GIL when the interpreter ends then aborts the process (pytorch issue 190489).
-    importlib.import_module("torch.distributed.nn")
     store, rank, world = next(distributed.rendezvous("env://"))
     if agent_store():  # after a restart it still has the addresses of the processes before it
         store = distributed.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
@@ -51,14 +45,18 @@ def process_group(device: torch.device) -> Iterator[None]:
     distributed.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=wait)
     yield
     distributed.barrier()  # none leaves while another still talks to it
-    gc.collect()  # DistributedDataParallel is part of a cycle, and keeps the group too
     # torch 2.5 holds the GIL while it waits for gloo's threads, and one that still frees a tensor waits for the GIL.
     time.sleep(0.2)
     distributed.destroy_process_group()
 
 
 def leave(code: int) -> NoReturn:
-    """Ends this process at once, where leaving its group could wait for the others."""
+    """Ends this process at once, without the end of the interpreter.
+
+    A group lives on where something refers to it: functions of torch.distributed.nn do, by a default argument, if
+    DistributedDataParallel is the first to import them. A thread of gloo that needs the GIL when the interpreter ends
+    then aborts the process (pytorch issue 190489). After an error the end could also wait for the other processes.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -1,6 +1,5 @@
 """What a model with blocks goes through on its way to users: export, compilation, quantisation, sharding."""
 
-import gc
 import importlib
 import io
 import shutil
@@ -30,6 +29,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+from comparison.distributed import leave
 from LAuReL import LAuReL
 
 
@@ -277,7 +277,6 @@ def half(x: Tensor, rank: int) -> Tensor:
 
 
 def work(rank: int, folder: str) -> None:
-    importlib.import_module("torch.distributed.nn")  # see comparison.distributed.process_group
     dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
     results = {"replicas": replicas(rank), "start": whole(start_sharded().state_dict()), "weights": sharded_weights()}
     results["replicated"] = replicated()
@@ -289,9 +288,7 @@ def work(rank: int, folder: str) -> None:
     if rank == 0:
         torch.save(results, f"{folder}/results")
     dist.barrier()  # neither leaves while the other still talks to it
-    del model
-    gc.collect()
-    dist.destroy_process_group()
+    leave(0)
 
 
 @pytest.fixture(scope="module")
