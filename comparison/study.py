@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # What may change while a study goes on: which runs it has, and what no number depends on.
 FREE = ("models", "seeds", "against", "parallel", "workers", "data_dir", "out", "draw", "seconds", "network", "gpt")
 FREE += ("python", "torchvision", "git_commit")
+FACTS = ("data", "training_images", "test_images", "processes", "device_name", "torch")  # all else is an option
 # What the table and the pictures need of results.json
 NUMBER = (int, float)
 CONFIG_FIELDS = {"data": str, "training_images": int, "epochs": int, "seeds": int, "models": list, "device_name": str}
@@ -148,7 +149,7 @@ class Study:
         now, then = flat(json.loads(json.dumps(config))), flat(self.config)
         for name, value in now.items():
             if name not in FREE and then.get(name) != value:
-                option = name if "." in name else f"--{name.replace('_', '-')}"
+                option = name if "." in name or name in FACTS else f"--{name.replace('_', '-')}"
                 raise UserError(
                     f"--out {self.out} holds a study with {option} {then.get(name)}, not {value}; name another folder"
                 )
