@@ -93,8 +93,8 @@ def test_code_of_the_pages_runs(page, block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if "fully_shard" in block:  # in two processes
         pytest.importorskip("torch", "2.6")
-        leave = "torch.distributed.barrier()\ntorch.distributed.destroy_process_group()\n"
-        (tmp_path / "train.py").write_text("import torch.distributed.nn\n" + block + leave)
+        end = "torch.distributed.barrier()\nimport comparison.distributed\ncomparison.distributed.leave(0)\n"
+        (tmp_path / "train.py").write_text(block + end)
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train.py"]
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
