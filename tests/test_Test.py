@@ -281,3 +281,17 @@ def test_help_has_examples_that_parse(tmp_path, monkeypatch, capsys):
     assert len(examples) >= 3
     for example in examples:
         Test.parse(shlex.split(example))
+
+
+def test_the_decay_in_a_models_name_reaches_the_training(data, tmp_path, monkeypatch):
+    seen = []
+
+    def train(network, data, recipe, seed, **how):
+        seen.append(recipe.block_decay)
+        return {"diverged": None}
+
+    monkeypatch.setattr(TrainUtil, "train", train)
+    how = {"arch": "small", "data": data, "device": torch.device("cpu"), "recipe": TrainUtil.Recipe(), "out": tmp_path}
+    for name in ("rw", "rw:decay=0.1"):
+        Test.train_one(Model.parse(name), 0, **how, accumulate=1)
+    assert seen == [0.0, 0.1]

@@ -106,3 +106,11 @@ def test_compilation_is_shown_apart_from_training(finished):
         columns = columns_of(table({**results["config"], "compile": compile}, runs))
         assert columns["training s"][0] == "1.0 ± 0.0"
         assert columns.get("compilation s", [None])[0] == ("20.0 ± 0.0" if compile else None)
+
+
+def test_nothing_is_compared_with_a_run_that_diverged():
+    runs = runs_of({"residual": [0.87, 0.1, 0.89], "rw": [0.88, 0.89, 0.90]})
+    runs[1]["diverged"] = 2
+    row = table({**CONFIG, "seeds": 3}, runs)["rows"][1]
+    assert row[3] == "89.00 ± 1.00"
+    assert row[4] == "+1.00 (2 pairs)"
