@@ -119,6 +119,7 @@ def test_an_exported_model_takes_every_memory_format():
     assert_same(model, program, (4, 7))
 
 
+@pytest.mark.slow
 def test_onnxruntime_has_the_same_output_for_every_batch_size(tmp_path):
     library("onnxscript")
     onnxruntime = library("onnxruntime")

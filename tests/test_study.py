@@ -187,7 +187,7 @@ def half_finished(tmp_path, monkeypatch, uninterrupted) -> Path:
     return checkpoint
 
 
-@pytest.mark.parametrize("damage", ["none", "cut short", "one bit", "code", "other shape"])
+@pytest.mark.parametrize("damage", ["none", "one bit", "code", "other shape"])
 def test_a_damaged_checkpoint_is_set_aside(damage, half_finished, uninterrupted, tmp_path, capsys):
     content = half_finished.read_bytes()
     ran = tmp_path / "ran"
@@ -196,24 +196,17 @@ def test_a_damaged_checkpoint_is_set_aside(damage, half_finished, uninterrupted,
         def __reduce__(self):
             return Path.touch, (ran,)
 
-    def saved(state, digest=None) -> bytes:
+    def saved(state) -> bytes:
         buffer = io.BytesIO()
         torch.save(state, buffer)
-        return (digest or hashlib.sha256(buffer.getvalue()).digest()) + buffer.getvalue()
+        return hashlib.sha256(buffer.getvalue()).digest() + buffer.getvalue()
 
     state = torch.load(io.BytesIO(content[32:]), weights_only=True)
-    if damage == "cut short":
-        content = content[: len(content) // 2]
-    elif damage == "empty":
-        content = b""
-    elif damage == "one bit":
+    if damage == "one bit":
         middle = len(content) // 2
         content = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
     elif damage == "code":
         content = saved({"parts": Code(), "history": []})
-    elif damage == "other weights":
-        state["parts"][0]["classifier.weight"].zero_()
-        content = saved(state, content[:32])
     elif damage == "other shape":
         state["parts"][0]["classifier.weight"] = torch.zeros(10, 64)
         content = saved(state)
