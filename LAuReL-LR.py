@@ -12,6 +12,8 @@ ICML 2025 (arXiv 2411.07501). This file needs only torch: copy it into your proj
     x = self.residual(x, self.f(x))     # after, with self.residual = LAuReL_LR(D), or LAuReL_LR(D, channel_dim=1)
 """
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -42,10 +44,9 @@ class LAuReL_LR(nn.Module):
         residual_weights: learn α and β too.
         init: how A starts. ``"xavier"``: uniform within ±√(6 / (r + D)), the paper's choice for ResNet-50.
             ``"orthogonal"``: its column-orthogonal pattern for LLMs, A[i mod r, i] = 1/√(rD), else 0.
-        norm: a module applied to B A x, in the layout of x: ``nn.RMSNorm(D)`` for (…, D), as in Gemma 3n,
-            ``nn.GroupNorm(1, D)`` for channels first. The first step brings the path from 0 to the norm's full size.
+        norm: a module applied to B A x, in its layout; Gemma 3n has ``nn.RMSNorm(D)``. One step brings it to full size.
         bound: ``"softmax"``: (α, β) = scale · softmax(w); ``"sigmoid"``: scale · σ(w); ``"single"``: α = scale · σ(w),
-            β = scale − α; ``"none"``: w itself. They start at scale / 2, the plain residual; ``"none"`` at 1.
+            β = scale − α; ``"none"``: w. They start at scale / 2, or 1. Ignored without residual weights, as scale is.
         scale: the factor above; ``"none"`` ignores it.
         channel_dim: where D stands: -1 for (…, D), 1 for (N, D, H, W).
 
@@ -86,8 +87,7 @@ class LAuReL_LR(nn.Module):
         else:
             ones = torch.ones_like(self.A, dtype=torch.long)  # of A itself, which may be sharded
             pattern = (ones.cumsum(-1) - ones.cumsum(-2)) % self.rank == 0  # component i mod r, channel i
-            with torch.no_grad():
-                self.A.copy_(pattern / (self.rank * self.dim) ** 0.5)
+            self.A.data.copy_(pattern / (self.rank * self.dim) ** 0.5)
         nn.init.zeros_(self.B)
         if self.w is not None:
             nn.init.constant_(self.w, 1.0 if self.bound == "none" else 0.0)
@@ -100,25 +100,24 @@ class LAuReL_LR(nn.Module):
 
     def forward(self, x: Tensor, fx: Tensor) -> Tensor:
         if x.shape != fx.shape or not -x.ndim <= self.channel_dim < x.ndim or x.shape[self.channel_dim] != self.dim:
-            raise ValueError(
-                f"x and fx must have the same shape with dim={self.dim} at channel_dim={self.channel_dim}, "
-                f"got {tuple(x.shape)} and {tuple(fx.shape)}"
-            )
+            got = f"got {tuple(x.shape)} and {tuple(fx.shape)}"
+            raise ValueError(f"x and fx must have one shape, dim={self.dim} at channel_dim={self.channel_dim}, {got}")
         if not (x.is_floating_point() or x.is_complex()):
             raise TypeError(f"x must be floating-point or complex numbers, got {x.dtype}")
         device, dtype = x.device.type, torch.promote_types(x.dtype, fx.dtype)
-        if not x.is_meta and torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16:
+        half = not x.is_meta and torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
+        if half and self.norm is None:
             with torch.autocast(device, enabled=False):  # A x may leave the range of float16 where x + f(x) does not
                 return self.forward(x, fx)
         t = x.movedim(self.channel_dim, -1).to(torch.float32 if x.dtype == torch.float16 else x.dtype)
-        u = F.linear(t, self.A.to(t.dtype))  # A x, (…, r)
         alpha, beta = self.weights()
         y = x + fx if beta is None else (alpha * fx + beta * x).to(dtype)
         if self.norm is not None:
-            h = self.norm(F.linear(u, self.B.to(u.dtype)).to(dtype).movedim(-1, self.channel_dim))
-            return (y + (h if beta is None else beta * h)).to(dtype)
-        B = self.B if beta is None else beta * self.B  # which is smaller than x + B A x
-        y, B = y.movedim(self.channel_dim, -1), B.to(u.dtype)
+            with torch.autocast(device, enabled=False) if half else nullcontext():
+                h = F.linear(F.linear(t, self.A.to(t.dtype)), self.B.to(t.dtype)).to(dtype)
+            return (y + self.norm(h.movedim(-1, self.channel_dim)) * (1 if beta is None else beta)).to(dtype)
+        u = F.linear(t, self.A.to(t.dtype))  # A x, (…, r)
+        y, B = y.movedim(self.channel_dim, -1), (self.B if beta is None else beta * self.B).to(u.dtype)
         if y.is_contiguous() and y.dtype == u.dtype:  # in one pass over y; under autocast u may be of a lower dtype
             y = torch.addmm(y.reshape(-1, self.dim), u.reshape(-1, u.shape[-1]), B.T).view(y.shape)
         else:

@@ -60,7 +60,7 @@ class LAuReL_PA(nn.Module):
         init: how A starts. ``"xavier"``: uniform within ±√(6 / (r + D)), the paper's choice for ResNet-50.
             ``"orthogonal"``: its column-orthogonal pattern for LLMs, A[i mod r, i] = 1/√(rD), else 0.
         bound: ``"softmax"``: (α, β) = scale · softmax(w); ``"sigmoid"``: scale · σ(w); ``"single"``: α = scale · σ(w),
-            β = scale − α; ``"none"``: w itself. They start at scale / 2, the plain residual; ``"none"`` at 1.
+            β = scale − α; ``"none"``: w. They start at scale / 2, or 1. Ignored without residual weights, as scale is.
         scale: the factor above; ``"none"`` ignores it.
         channel_dim: where D stands: -1 for (…, D), 1 for (N, D, H, W).
 
@@ -126,7 +126,8 @@ class LAuReL_PA(nn.Module):
 
     def forward(self, xs: Sequence[Tensor], fx: Tensor) -> Tensor:
         if not isinstance(xs, (list, tuple)) or not xs:
-            raise ValueError(f"xs must be a list or tuple of at least one activation, got {xs!r:.60}")
+            got = "none" if isinstance(xs, (list, tuple)) else f"a {type(xs).__name__}"
+            raise ValueError(f"xs must be a list or tuple of at least one activation, got {got}")
         xs, n = xs[-self.k :][::-1], fx.ndim  # x_i, x_{i-1}, …
         channels = fx.shape[self.channel_dim] if -n <= self.channel_dim < n else None
         if channels != self.dim or any(x.shape != fx.shape for x in xs):

@@ -54,8 +54,7 @@ class LAuReL(nn.Module):
         ValueError: an option out of its range, or shapes that do not fit.
 
     Example:
-        >>> residual = LAuReL(dim=64, channel_dim=1)
-        >>> x, fx = torch.randn(8, 64, 32, 32), torch.randn(8, 64, 32, 32)
+        >>> residual, x, fx = LAuReL(dim=64, channel_dim=1), torch.randn(8, 64, 9, 9), torch.randn(8, 64, 9, 9)
         >>> torch.equal(residual(x, fx), x + fx)
         True
     """
@@ -78,7 +77,9 @@ class LAuReL(nn.Module):
         nn.init.constant_(self.w, 1.0 if self.bound == "none" else 0.0)
 
     def weights(self) -> tuple[Tensor, Tensor]:
-        return bounded(self.w if self.dim is None else self.w.view(-1, self.dim), self.bound, self.scale)
+        w, D = self.w, self.dim
+        rows = w if D is None else torch.stack([w[i : i + D] for i in range(0, len(w), D)])  # of a sharded w too
+        return bounded(rows, self.bound, self.scale)
 
     alpha = property(lambda self: self.weights()[0], doc="α, the bounded weight of f(x): a scalar or of length D.")
     beta = property(lambda self: self.weights()[1], doc="β, the bounded weight of x: a scalar or of length D.")

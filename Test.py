@@ -199,7 +199,8 @@ def main(argv: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return error.code
     except KeyboardInterrupt:
-        print("Interrupted.", file=sys.stderr)
+        if first_process():
+            print("Interrupted.", file=sys.stderr)
         return 130
 
 
@@ -296,7 +297,7 @@ def compare(options: argparse.Namespace) -> int:
         runs = [(model, seed) for seed in range(options.seeds) for model in options.models]
         finished = [(model.name, seed) in study.runs for model, seed in runs]
         left = {i: run for i, run in enumerate(runs) if not finished[i]}
-        plan = left, must_agree(options, data)
+        plan = left and (left, must_agree(options, data))
     finally:
         broadcast(plan)  # to run_follower
     if any(finished):
@@ -329,7 +330,7 @@ def must_agree(options: argparse.Namespace, data: Data) -> dict:
 def run_follower(options: argparse.Namespace) -> int:
     """Trains, in torchrun's other processes, the runs of the first one, which keeps the results."""
     plan = broadcast(None)
-    if plan:  # otherwise the first process has said why there is none
+    if plan:  # otherwise nothing is left, or the first process has said what is wrong
         left, first = plan
         data = load_data(options)
         mine = must_agree(options, data)

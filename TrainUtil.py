@@ -202,7 +202,7 @@ def train(
         model.train()
         start, losses = time.perf_counter(), []
         for step, (x, y) in enumerate(data.batches(seed, epoch, recipe.batch_size, recipe.max_shift)):
-            x = resize(x, recipe.size((epoch * steps_per_epoch + step) / steps))
+            x = resize(x, recipe.size((epoch + step / steps_per_epoch) / recipe.epochs))
             for i, (part, labels) in enumerate(zip(x.tensor_split(accumulate), y.tensor_split(accumulate))):
                 local = world > 1 and i < accumulate - 1  # gradients are averaged once a batch
                 with network.no_sync() if local else contextlib.nullcontext():

@@ -57,7 +57,8 @@ def set_up_output(quiet: bool) -> None:
 
 def say(message: object) -> None:
     """Prints a message, uncut and as it is."""
-    rich.get_console().print(str(message), highlight=False, markup=False, emoji=False, soft_wrap=True)
+    if not rich.get_console().quiet:
+        print(message, flush=True)
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], notes: str) -> None:

@@ -44,7 +44,8 @@ def device_name(device: torch.device) -> str:
 def default_precision(device: torch.device) -> str:
     """Which of "bfloat16" and "float32" is the faster on the device."""
     if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        with torch.cuda.device(device):
+            fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         instructions = ("avx512_bf16", "amx_bf16", "bf16")
         fast = device.type == "cpu" and any(map(cpu_capabilities().get, instructions))

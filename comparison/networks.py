@@ -190,14 +190,15 @@ def build(arch: str, model: Model, seed: int, data: Data, smallest: int | None =
     Raises:
         UserError: such images vanish on their way through the network.
     """
-    network, size = ARCHS[arch](model, seed, data), smallest or data.size
+    size = smallest or data.size
     try:
+        network = ARCHS[arch](model, seed, data)
         with torch.no_grad():
             network.eval()(torch.zeros(1, 3, size, size))
     except (RuntimeError, IndexError, ValueError) as error:
         if out_of_memory(error):
             raise
-        raise UserError(f"images of {size}×{size} pixels are too small for --arch {arch}") from None
+        raise UserError(f"images of {size}×{size} pixels are too small for --arch {arch}") from error
     return network.train()
 
 

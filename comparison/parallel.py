@@ -31,7 +31,6 @@ def run_all(
         for i, run in runs.items():
             yield train(*run, report=partial(report, i))
         return
-    processes = min(processes, max(1, len(runs)))
     context = multiprocessing.get_context("spawn")
     reports = context.SimpleQueue()
 
@@ -43,7 +42,7 @@ def run_all(
 
     threading.Thread(target=listen, daemon=True).start()
     start = {"initializer": start_worker, "initargs": (threads, reports)}
-    with ProcessPoolExecutor(processes, mp_context=context, **start) as pool:
+    with ProcessPoolExecutor(max(1, min(processes, len(runs))), mp_context=context, **start) as pool:
         try:
             handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is this process's: the others inherit that
             try:

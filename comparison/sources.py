@@ -147,8 +147,8 @@ def read_url(cifar: type[CIFAR10], url: str, data_dir: Path) -> dict[str, Tensor
                 file.write(chunk)
                 bar.advance(task, len(chunk))
                 seconds = time.monotonic() - start
-                if seconds > TIMEOUT and file.say() / seconds < SLOWEST:
-                    raise TimeoutError(f"given up: {file.say() / seconds / 1000:.0f} kB/s")
+                if seconds > TIMEOUT and file.tell() / seconds < SLOWEST:
+                    raise TimeoutError(f"given up: {file.tell() / seconds / 1000:.0f} kB/s")
         return read_archive(cifar, path)
 
 

@@ -122,9 +122,10 @@ class Study:
         if (out / "results.json").exists():
             study = Study.read(out)
             study.refuse_changes(config)
-            if study.config["git_commit"] != commit:
-                print(f"--out {out} was begun with the code of commit {study.config['git_commit']}", file=sys.stderr)
-            config = {**study.config, **config, "git_commit": study.config["git_commit"]}
+            first = study.config.get("git_commit")
+            if first != commit:
+                print(f"--out {out} was begun with the code of commit {first}", file=sys.stderr)
+            config = {**study.config, **config, "git_commit": first}
             config["models"] = list(dict.fromkeys([*study.config["models"], *config["models"]]))
             config["seeds"] = max(study.config["seeds"], config["seeds"])
             config["against"] = against or study.config["against"]

@@ -94,3 +94,11 @@ def test_without_residual_weights_there_are_none():
     assert block.alpha is None
     assert block.beta is None
     assert set(block.state_dict()) == {"A", "B"}
+
+
+def test_a_norm_runs_under_the_autocast_that_it_is_called_in():
+    """A norm in float32 behind a half stream, which autocast makes fit."""
+    block = LAuReL_LR(D, rank=R, norm=nn.Sequential(nn.Linear(D, D), nn.LayerNorm(D)))
+    x = torch.full((4, D), 30_000.0).half()
+    with torch.autocast("cpu", torch.float16):
+        assert block(x, x).isfinite().all()

@@ -1,3 +1,4 @@
+import contextlib
 import io
 import os
 import re
@@ -43,7 +44,8 @@ def shown(width: int, **content) -> str:
     before = rich.get_console()
     rich._console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
     try:
-        print_table(**content)
+        with contextlib.redirect_stdout(rich.get_console().file):
+            print_table(**content)
         return rich.get_console().file.getvalue()
     finally:
         rich._console = before

@@ -224,9 +224,25 @@ def test_a_server_that_fails_is_passed_over(fault, folder, small, archive, monke
         assert_is(load_cifar(CIFAR10, folder), small)
         out = capsys.readouterr().out
         assert f"not from {bad}" in out
+        assert fault != "slow" or "given up: " in out
         assert f"CIFAR-10 from {good}" in out
     assert not trickled  # given up before the end
     assert_left_whole(folder, small)
+
+
+def test_a_download_may_take_long_where_it_goes_on(folder, small, archive, monkeypatch, capsys):
+    def halves(handler):
+        respond_with(b"", length=len(archive))(handler)
+        for part in (archive[: len(archive) // 2], archive[len(archive) // 2 :]):
+            handler.wfile.write(part)
+            time.sleep(0.4)
+
+    monkeypatch.setattr("comparison.sources.TIMEOUT", 0.5)
+    monkeypatch.setattr("comparison.sources.SLOWEST", 1)
+    with server(halves) as url:
+        monkeypatch.setitem(ARCHIVE_URLS, CIFAR10, (url,))
+        assert_is(load_cifar(CIFAR10, folder), small)
+        assert f"CIFAR-10 from {url}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("fault", ["tampered", "cut short", "a file missing"])
