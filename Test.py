@@ -24,7 +24,7 @@ from torchvision.datasets import CIFAR10, CIFAR100
 import TrainUtil
 from comparison.console import Monitor, UserError, print_table, say, set_up_output
 from comparison.data import synthetic
-from comparison.device import cores, default_precision, keep_memory, out_of_memory
+from comparison.device import compiler_errors, cores, default_precision, keep_memory, out_of_memory
 from comparison.distributed import agent_store, broadcast, first_process, launched, leave, process_group
 from comparison.files import write_json
 from comparison.folder import Data, Folder, load_folder
@@ -102,7 +102,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     default = TrainUtil.Recipe()
     parser = Parser(
         prog="Test.py",
-        description="Trains small CNNs that differ in the residual connection alone, and compares them.",
+        description="Trains small CNNs that differ only in the residual connection, and compares them.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -193,11 +193,14 @@ def main(argv: list[str] | None = None) -> int:
         with process_group(options.device):
             if not first_process():
                 return run_follower(options)
-            with opened(options.out):
+            with locked(options.out):
                 return profile(options) if options.profile else compare(options)
     except UserError as error:
         print(error, file=sys.stderr)
         return error.code
+    except OSError as error:
+        print(f"{error.filename or options.out}: {error.strerror or error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         if first_process():
             print("Interrupted.", file=sys.stderr)
@@ -205,16 +208,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 @contextmanager
-def opened(out: Path) -> Iterator[None]:
-    """Makes the folder, and keeps other processes from using it; an OSError becomes a UserError."""
+def locked(out: Path) -> Iterator[None]:
+    """Makes the folder, and keeps other processes from using it."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(out / ".lock", timeout=0):
             yield
     except filelock.Timeout:
         raise UserError(f"--out {out} is in use by another process; name another folder") from None
-    except OSError as error:
-        raise UserError(f"--out {out}: {error.filename or out}: {error.strerror or error}") from None
 
 
 def load_data(options: argparse.Namespace) -> Data:
@@ -239,6 +240,13 @@ def recipe_for(arch: str, epochs: int, batch_size: int, data: Data) -> TrainUtil
     if isinstance(data, Folder):  # the workers crop
         recipe = replace(recipe, sizes=((data.size, 1.0),))
     return replace(recipe, lr=TRANSFORMER_LR) if arch == "vit" else recipe
+
+
+def check_sizes(options: argparse.Namespace, data: Data, recipe: TrainUtil.Recipe) -> None:
+    """Raises a UserError, before anything is written, where images or batches are too small for the network."""
+    smallest = min(size for size, _ in recipe.sizes)
+    network = build(options.arch, Model.parse("residual"), 0, data, smallest)
+    TrainUtil.check_batch(network, min(recipe.batch_size, data.train_size), options.accumulate)
 
 
 @contextmanager
@@ -269,7 +277,7 @@ def train_one(
     advice = f"try a smaller --batch-size than {recipe.batch_size}, a larger --accumulate than {how['accumulate']}, a "
     advice += "smaller rank or a smaller --parallel, with another --out"
     with memory_errors(f"{model.name}, seed {seed}: {advice}"):
-        network = build(arch, model, seed, data, smallest=min(size for size, _ in recipe.sizes))
+        network = ARCHS[arch](model, seed, data)
         recipe = replace(recipe, block_decay=model.decay)
         how |= {"checkpoint": checkpoint_path(out, model.name, seed), "report": report}
         measured = TrainUtil.train(network, data.to(device), recipe, seed, **how)
@@ -291,6 +299,7 @@ def compare(options: argparse.Namespace) -> int:
     try:
         data = load_data(options)
         recipe = recipe_for(options.arch, options.epochs, options.batch_size, data)
+        check_sizes(options, data, recipe)
         config = configuration(vars(options)) | {"data": data.name, "recipe": asdict(recipe)}
         config |= {"training_images": data.train_size, "test_images": data.test_size}
         study = Study.resume(options.out, config, options.against)
@@ -379,14 +388,17 @@ def profile(options: argparse.Namespace) -> int:
         "cnn": lambda: cnn(options.models, options.arch, options.batch_size, options.image_size),
         "gpt": lambda: gpt(options.models, *options.gpt),
     }
-    for name in networks if options.network == "both" else [options.network]:
-        with memory_errors("try a smaller --batch-size, --image-size, --gpt or rank"):
-            network = networks[name]()
-            how = {"precision": options.precision, "compile": options.compile, "seconds": options.seconds}
-            found[network.name] = measure(network, options.device, **how)
-        write_json(path, {"config": config, "networks": found})
-        print_table(**profile_table(config, network.name, found[network.name]))
-    say(path)
+    try:
+        for name in networks if options.network == "both" else [options.network]:
+            with compiler_errors(), memory_errors("try a smaller --batch-size, --image-size, --gpt or rank"):
+                network = networks[name]()
+                how = {"precision": options.precision, "compile": options.compile, "seconds": options.seconds}
+                found[network.name] = measure(network, options.device, **how)
+            write_json(path, {"config": config, "networks": found})
+            print_table(**profile_table(config, network.name, found[network.name]))
+    finally:
+        if found:
+            say(path)
     return 0
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from comparison.console import UserError
 from comparison.data import Dataset, resize, whole_batches
-from comparison.device import autocast, compiled, out_of_memory
+from comparison.device import autocast, compiled, compiler_errors, out_of_memory
 from comparison.distributed import all_reduce_sum, broadcast, processes, synchronize_batch_norm
 from comparison.files import atomic_write
 from comparison.folder import Data
@@ -72,7 +72,7 @@ class Recipe:
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum, orthogonalised (Jordan et al. 2024, "Muon"), for filters with a batch norm behind them.
 
-    torch.optim.Muon takes matrices alone, and torch 2.5 does not have it. A batch norm makes the scale of its filters
+    torch.optim.Muon takes only matrices, and torch 2.5 does not have it. A batch norm makes the scale of its filters
     irrelevant but for the step size relative to it, so the filters are kept at a root-mean-square norm of 1.
     """
 
@@ -126,6 +126,18 @@ def digest(model: nn.Module) -> str:
     return found.hexdigest()
 
 
+def check_batch(model: nn.Module, batch: int, accumulate: int) -> None:
+    """Raises a UserError where a part of a batch has too few images for the model or for the processes."""
+    world = processes()[1]
+    norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+    if batch < world * accumulate or (norm and batch < 2 * accumulate):
+        least = "two images, for batch norm" if norm else "an image for each process"
+        raise UserError(
+            f"each part of a batch must have {least}, got {batch} images a batch in {accumulate} parts and {world} "
+            "processes"
+        )
+
+
 def train(
     model: nn.Module,
     data: Data,
@@ -149,7 +161,7 @@ def train(
         accumulate: in how many parts, one after the other, a batch is trained on, for less memory. Gradients are the
             whole batch's, but for batch norm, which has the statistics of each part.
         checkpoint: a file that is written after every epoch, by the first process. Where it is there already, training
-            goes on from it, and on a CPU ends with the bits of a run that was not interrupted.
+            resumes from it, and on a CPU ends with the bits of a run that was not interrupted.
         report: called after every step and every test with the part of the work that is done, 0 to 1, the images
             trained on, the seconds that took, and the history, all so far.
 
@@ -164,13 +176,7 @@ def train(
     device, n = data.device, data.train_size
     rank, world = processes()
     batch = min(recipe.batch_size, n)
-    norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
-    if batch < world * accumulate or (norm and batch < 2 * accumulate):
-        least = "two images, for batch norm" if norm else "an image for each process"
-        raise UserError(
-            f"each part of a batch must have {least}, got {batch} images a batch in {accumulate} parts and {world} "
-            f"processes"
-        )
+    check_batch(model, batch, accumulate)
     test_batch = 1000 if isinstance(data, Dataset) else batch // (world * accumulate)  # what is trained on fits
     model.to(device, memory_format=torch.channels_last)
     if world > 1:
@@ -298,7 +304,7 @@ def warm_up(
     model.train()
     x, y = next(data.batches(seed=0, epoch=0, batch_size=recipe.batch_size))
     parts, labels = x.tensor_split(accumulate), y.tensor_split(accumulate)
-    try:
+    with compiler_errors():
         # The larger parts and the smaller, in every process as many: synchronised batch norms wait for each other.
         for i in {0, accumulate - 1}:
             for size, _ in recipe.sizes:
@@ -307,9 +313,6 @@ def warm_up(
                 F.cross_entropy(logits.float(), labels[i]).backward()
                 model.zero_grad()
         evaluate(network, data, precision, test_batch)
-    except torch._dynamo.exc.BackendCompilerFailed as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise UserError(f"--compile does not work here: {reason}") from None
     model.load_state_dict(state)
     return time.perf_counter() - start
 

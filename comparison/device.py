@@ -1,13 +1,16 @@
 """What depends on the device: memory, precision, compilation."""
 
+import contextlib
 import ctypes
 import os
 import platform
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import nn
+
+from comparison.console import UserError
 
 
 def cores() -> int:
@@ -72,6 +75,16 @@ def compiled(models: dict[str, nn.Module], accumulate: int = 1) -> dict[str, Cal
     cuda = any(p.is_cuda for model in models.values() for p in model.parameters())
     options = {"dynamic": False, "mode": "reduce-overhead" if cuda and accumulate == 1 else "default"}
     return {name: torch.compile(model, **options) for name, model in models.items()}
+
+
+@contextlib.contextmanager
+def compiler_errors() -> Iterator[None]:
+    """Raises a UserError where torch.compile fails, for lack of a C++ compiler for one."""
+    try:
+        yield
+    except torch._dynamo.exc.BackendCompilerFailed as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"--compile does not work here: {reason}") from None
 
 
 def synchronize(device: torch.device) -> None:

@@ -23,7 +23,7 @@ def agent_store() -> bool:
 
 
 def first_process() -> bool:
-    """Of those that torchrun starts; it alone writes and prints."""
+    """Of those that torchrun starts; only it writes and prints."""
     return not launched() or os.environ["RANK"] == "0"
 
 
@@ -104,7 +104,7 @@ class AllReduceSum(torch.autograd.Function):
 class SynchronizedBatchNorm(nn.BatchNorm2d):
     """Batch norm with the statistics of the whole batch, of which each process has a part.
 
-    For a CPU: torch.nn.SyncBatchNorm, which does this, works on GPUs alone.
+    For a CPU: torch.nn.SyncBatchNorm, which does this, works only on GPUs.
     """
 
     def forward(self, x: Tensor) -> Tensor:

@@ -118,8 +118,8 @@ def conv(channels: int, width: int, stride: int = 1) -> nn.Conv2d:
 class ImageNetResNet(torchvision.models.ResNet):
     """torchvision's ResNet with another residual connection in each block, and its own names for all other weights.
 
-    So `load_state_dict(torchvision.models.resnet50(weights=…).state_dict(), strict=False)` leaves out the residual
-    connections alone. They stand before the block's last ReLU, and PA's history starts anew in each stage with what
+    So `load_state_dict(torchvision.models.resnet50(weights=…).state_dict(), strict=False)` leaves out only the
+    residual connections. They stand before the block's last ReLU, and PA's history starts anew in each stage with what
     the stage's first block adds, its down-sampled input. `deeper` has one more block in the third stage: the 4.37 % of
     the paper's table 1.
     """

@@ -194,6 +194,7 @@ def test_a_single_image_before_a_batch_norm_is_refused(options, tmp_path, capsys
     error = capsys.readouterr().err
     assert "two images, for batch norm" in error
     assert len(error.splitlines()) == 1
+    assert not (tmp_path / "results.json").exists()  # a study that can't be trained is not begun
 
 
 def test_a_transformer_takes_a_single_image(tmp_path):
@@ -218,7 +219,7 @@ def test_without_a_compiler_compile_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("options", "part"),
     [
-        (["--out", str(Path(__file__))], f"--out {Path(__file__)}"),
+        (["--out", str(Path(__file__))], f"{Path(__file__)}"),
         (["--hold-out", "5000"], "--hold-out must be below the 5000 training images, got 5000"),
         (
             ["--limit", "7", "--accumulate", "8"],
