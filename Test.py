@@ -10,32 +10,31 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from functools import partial
 from inspect import getdoc
 from pathlib import Path
 
-import filelock
 import torch
 from torchvision.datasets import CIFAR10, CIFAR100
 
 import TrainUtil
-from comparison.console import Monitor, UserError, print_table, say, set_up_output
+from comparison.console import UserError, print_table, say, set_up_output
 from comparison.data import synthetic
 from comparison.device import compiler_errors, cores, default_precision, keep_memory, out_of_memory
 from comparison.distributed import agent_store, broadcast, first_process, launched, leave, process_group
 from comparison.files import write_json
 from comparison.folder import Data, Folder, load_folder
 from comparison.models import MODELS, Model
+from comparison.monitor import Monitor
 from comparison.networks import ARCHS, build, learned
-from comparison.parallel import run_all
+from comparison.parallel import end_with_parent, helpers, helping
 from comparison.pictures import draw
 from comparison.profile import cnn, gpt, measure, profile_table
 from comparison.report import table
 from comparison.sources import load_cifar
-from comparison.study import Study, check_against, checkpoint_path, configuration
+from comparison.study import Study, check_against, configuration
 from LAuReL import LAuReL
 
 LAuReL_LR = importlib.import_module("LAuReL-LR").LAuReL_LR
@@ -55,7 +54,7 @@ longer training, residual, mean of three seeds on 2 CPU cores with bfloat16: 87.
   90.22 % in 141 s with 15, 92.31 % in 324 s with --arch medium --epochs 12 (results/README.md has commands and machine)
 
 examples:
-  python Test.py                                        residual, rw, lr and pa, one seed
+  python Test.py                                        residual, rw, lr and pa, three seeds
   python Test.py --models residual rw+lr deeper --seeds 10 --out runs/study    again: resumes it where it was stopped
   python Test.py --draw runs/study                      its table and pictures, from its files alone
   python Test.py --models residual --epochs 15          longer training, higher accuracy
@@ -74,6 +73,14 @@ def count(text: str) -> int:
     if not re.fullmatch(r"[1-9]\d{0,8}", text):
         raise argparse.ArgumentTypeError(f"must be a whole number from 1 to 999999999, got {text!r}")
     return int(text)
+
+
+def seeds(text: str) -> list[int]:
+    match = re.fullmatch(r"(\d{1,9})-(\d{1,9})", text)
+    chosen = range(int(match[1]), int(match[2]) + 1) if match else range(count(text))
+    if not chosen:
+        raise argparse.ArgumentTypeError(f"must be a number of seeds or FIRST-LAST, got {text!r}")
+    return list(chosen)
 
 
 def path(text: str) -> Path:
@@ -111,9 +118,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--arch", choices=ARCHS, default="small", help="medium trains longer, wide is for a GPU (default: small)")
     add("--epochs", type=count, default=default.epochs, metavar="N", help="(default: %(default)s)")
     add("--batch-size", type=count, default=default.batch_size, metavar="N", help="(default: %(default)s)")
-    add("--seeds", type=count, default=1, metavar="N", help="train every model with seeds 0 to N-1 (default: 1)")
-    add("--parallel", type=count, default=1, metavar="N", help="train N at a time, side by side (default: 1)")
-    add("--threads", type=count, metavar="N", help="CPU threads of each run (default: the cores divided by --parallel)")
+    add("--seeds", type=seeds, default=[0, 1, 2], metavar="N", help="0 to N-1, or FIRST-LAST (default: 3)")
+    add("--parallel", type=count, default=1, metavar="N", help="N processes, a seed each at a time (default: 1)")
+    add("--threads", type=count, metavar="N", help="CPU threads of each (default: the cores divided by --parallel)")
     add("--accumulate", type=count, default=1, metavar="N", help="train on a batch in N parts, for less memory")
     add("--device", type=device, default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     add("--precision", choices=("auto", "float32", "bfloat16"), default="auto", help="(default: the device's fastest)")
@@ -151,7 +158,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             int(os.environ[name]) for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE", "TORCHELASTIC_MAX_RESTARTS")
         )
         if options.parallel > 1 or options.profile:
-            parser.error("torchrun trains one model at a time with all its processes: no --parallel, no --profile")
+            parser.error("torchrun trains one seed at a time with all its processes: no --parallel, no --profile")
         if restarts and options.out is None:
             parser.error("with torchrun --max-restarts name the folder with --out, so that a restart finds it")
         if restarts and world > here and agent_store():  # each counts its restarts apart
@@ -182,7 +189,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 0, 1 where a run failed, 2 where the options or the data are wrong, 130 after Ctrl-C."""
-    set_up_output(quiet=not first_process())
+    argv = sys.argv[1:] if argv is None else argv
+    set_up_output(quiet=helping() or not first_process())
     options = parse(argv)
     try:
         if options.draw:
@@ -193,8 +201,7 @@ def main(argv: list[str] | None = None) -> int:
         with process_group(options.device):
             if not first_process():
                 return run_follower(options)
-            with locked(options.out):
-                return profile(options) if options.profile else compare(options)
+            return profile(options) if options.profile else compare(options, argv)
     except UserError as error:
         print(error, file=sys.stderr)
         return error.code
@@ -205,17 +212,6 @@ def main(argv: list[str] | None = None) -> int:
         if first_process():
             print("Interrupted.", file=sys.stderr)
         return 130
-
-
-@contextmanager
-def locked(out: Path) -> Iterator[None]:
-    """Makes the folder, and keeps other processes from using it."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(out / ".lock", timeout=0):
-            yield
-    except filelock.Timeout:
-        raise UserError(f"--out {out} is in use by another process; name another folder") from None
 
 
 def load_data(options: argparse.Namespace) -> Data:
@@ -259,66 +255,71 @@ def memory_errors(advice: str) -> Iterator[None]:
         raise UserError(f"out of memory: {advice}", code=1) from None
 
 
-def train_one(
-    model: Model,
-    seed: int,
-    *,
-    arch: str,
-    data: Data,
-    device: torch.device,
-    recipe: TrainUtil.Recipe,
-    out: Path,
-    report: Callable = lambda *so_far: None,
-    **how,
-) -> dict:
-    """Returns the entry in results.json of one model with one seed; `how` are precision, compile and accumulate."""
+def train_seed(
+    seed: int, names: list[str], options: argparse.Namespace, data: Data, recipe: TrainUtil.Recipe, **how
+) -> list[dict]:
+    """Returns the entries in results.json of some models with one seed; `how` are checkpoint and report."""
     keep_memory()
     torch.backends.cudnn.deterministic = True
-    advice = f"try a smaller --batch-size than {recipe.batch_size}, a larger --accumulate than {how['accumulate']}, a "
-    advice += "smaller rank or a smaller --parallel, with another --out"
-    with memory_errors(f"{model.name}, seed {seed}: {advice}"):
-        network = ARCHS[arch](model, seed, data)
-        recipe = replace(recipe, block_decay=model.decay)
-        how |= {"checkpoint": checkpoint_path(out, model.name, seed), "report": report}
-        measured = TrainUtil.train(network, data.to(device), recipe, seed, **how)
-    parameters = sum(p.numel() for p in network.parameters())
-    weights = {"learned": {} if measured["diverged"] else learned(network)}
-    weights["weights_sha256"] = TrainUtil.digest(network)
-    return {"model": model.name, "seed": seed, "parameters": parameters, **measured, **weights}
+    models = [Model.parse(name) for name in names]
+    how |= {"precision": options.precision, "compile": options.compile, "accumulate": options.accumulate}
+    advice = f"try a smaller --batch-size than {recipe.batch_size}, a larger --accumulate than {options.accumulate}, a "
+    advice += "smaller rank, fewer models at a time or a smaller --parallel, with another --out"
+    with memory_errors(f"{', '.join(names)}, seed {seed}: {advice}"):
+        networks = {model.name: ARCHS[options.arch](model, seed, data) for model in models}
+        own = {model.name: {"block_decay": model.decay} for model in models}
+        measured = TrainUtil.train(networks, data.to(options.device), recipe, seed, own=own, **how)
+    return [
+        {
+            "model": name,
+            "seed": seed,
+            "parameters": sum(p.numel() for p in network.parameters()),
+            **measured[name],
+            "learned": {} if measured[name]["diverged"] else learned(network),
+            "weights_sha256": TrainUtil.digest(network),
+        }
+        for name, network in networks.items()
+    ]
 
 
-def trainer(options: argparse.Namespace, data: Data, recipe: TrainUtil.Recipe) -> Callable[..., dict]:
-    how = {"precision": options.precision, "compile": options.compile, "accumulate": options.accumulate}
-    arguments = {"arch": options.arch, "data": data, "device": options.device, "recipe": recipe, "out": options.out}
-    return partial(train_one, **arguments, **how)
-
-
-def compare(options: argparse.Namespace) -> int:
+def compare(options: argparse.Namespace, argv: list[str]) -> int:
     """Trains what the study lacks and, whatever happens, shows what it has."""
-    plan = None
+    names = [model.name for model in options.models]
     try:
         data = load_data(options)
         recipe = recipe_for(options.arch, options.epochs, options.batch_size, data)
         check_sizes(options, data, recipe)
         config = configuration(vars(options)) | {"data": data.name, "recipe": asdict(recipe)}
         config |= {"training_images": data.train_size, "test_images": data.test_size}
-        study = Study.resume(options.out, config, options.against)
-        runs = [(model, seed) for seed in range(options.seeds) for model in options.models]
-        finished = [(model.name, seed) in study.runs for model, seed in runs]
-        left = {i: run for i, run in enumerate(runs) if not finished[i]}
-        plan = left and (left, must_agree(options, data))
-    finally:
-        broadcast(plan)  # to run_follower
-    if any(finished):
-        say(f"{sum(finished)} of {len(runs)} runs are in {options.out} already.")
-    monitor = Monitor([f"{model.name}, seed {seed}" for model, seed in runs], finished, recipe.epochs)
-    train = trainer(options, data, recipe)
+        study = Study.open(options.out, config, options.against)
+    except BaseException:
+        broadcast(None)  # to run_follower: there is nothing to do
+        raise
+    runs = len(options.seeds) * len(names)
+    if there := runs - sum(len(study.lacking(seed, names)) for seed in options.seeds):
+        say(f"{there} of {runs} runs are in {options.out} already.")
+    monitor = Monitor(study, options.seeds, names, recipe.epochs)
     kept = f"What has finished is kept. The same command with --out {options.out} resumes the study."
+    mine = ["--out", str(options.out), "--parallel", "1", "--threads", str(options.threads)]
+
+    def wait() -> None:
+        time.sleep(0.3)
+        monitor.refresh()
+
     try:
-        with monitor.bar:
-            for run in run_all(train, left, monitor.report, options.parallel, options.threads):
-                study.add(run)
-        study.finish()
+        with helpers(options.parallel - 1, [*argv, *mine]), monitor.bar:
+            for seed, models in study.take(options.seeds, names, None if helping() else wait):
+                broadcast((must_agree(options, data), seed, models))
+
+                def report(*so_far: object, seed: int = seed) -> None:
+                    end_with_parent()
+                    monitor.report(seed, *so_far)
+
+                how = {"checkpoint": study.checkpoint(seed), "report": report}
+                study.add(seed, train_seed(seed, models, options, data, recipe, **how))
+                if any(study.lacking(each, names) for each in options.seeds):
+                    print_table(**table(study.config, study.in_order()))
+            broadcast(None)
     except UserError as error:  # an image may turn out to be broken after hours
         raise UserError(f"{error}. {kept}", error.code) from None
     except OSError as error:
@@ -326,7 +327,7 @@ def compare(options: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         raise UserError(f"Interrupted: {len(study.runs)} runs have finished. {kept}", code=130) from None
     finally:
-        status = show(study) if study.runs else 0
+        status = 0 if helping() or not study.runs else show(study)
     return status
 
 
@@ -337,17 +338,16 @@ def must_agree(options: argparse.Namespace, data: Data) -> dict:
 
 
 def run_follower(options: argparse.Namespace) -> int:
-    """Trains, in torchrun's other processes, the runs of the first one, which keeps the results."""
-    plan = broadcast(None)
-    if plan:  # otherwise nothing is left, or the first process has said what is wrong
-        left, first = plan
-        data = load_data(options)
+    """Trains, in torchrun's other processes, what the first one trains, which keeps the results."""
+    data = None
+    while task := broadcast(None):  # otherwise nothing is left, or the first process has said what is wrong
+        first, seed, models = task
+        data = data or load_data(options)
         mine = must_agree(options, data)
         if mine != first:
             raise UserError(f"this process has {mine}, the first one {first}", code=1)
-        train = trainer(options, data, recipe_for(options.arch, options.epochs, options.batch_size, data))
-        for run in left.values():
-            train(*run)
+        recipe = recipe_for(options.arch, options.epochs, options.batch_size, data)
+        train_seed(seed, models, options, data, recipe, checkpoint=options.out)
     return 0
 
 
@@ -382,6 +382,7 @@ def profile(options: argparse.Namespace) -> int:
     path = options.out / "profile.json"
     if path.exists():
         raise UserError(f"--out {options.out} holds another profile; name a new folder")
+    options.out.mkdir(parents=True, exist_ok=True)
     keep_memory()
     config, found = configuration(vars(options)), {}
     networks = {

@@ -1,4 +1,4 @@
-"""Trains a model: recipe, optimisers, steps, evaluation, checkpoint. Knows nothing of the command line."""
+"""Trains the models of a seed side by side: recipe, optimisers, steps, evaluation, checkpoint."""
 
 import contextlib
 import copy
@@ -7,11 +7,13 @@ import importlib
 import io
 import math
 import os
+import statistics
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 
 from comparison.console import UserError
 from comparison.data import Dataset, resize, whole_batches
-from comparison.device import autocast, compiled, compiler_errors, out_of_memory
+from comparison.device import Stopwatch, autocast, compiled, compiler_errors, out_of_memory
 from comparison.distributed import all_reduce_sum, broadcast, processes, synchronize_batch_norm
 from comparison.files import atomic_write
 from comparison.folder import Data
@@ -56,17 +58,14 @@ class Recipe:
         """The images' size after a part of the steps, 0 to 1."""
         return next((size for size, until in self.sizes if part < until), self.sizes[-1][0])
 
-    def pixels(self, part: float) -> float:
-        """Pixels of an image that the first part of the steps sees, mean over all steps: about what the steps cost."""
-        seen, begin = 0.0, 0.0
+    def work(self, part: float) -> float:
+        """What the first part of the steps costs, as part of what all cost, 0 to 1: about their part of the pixels."""
+        seen, all_, begin = 0.0, 0.0, 0.0
         for size, until in self.sizes:
             seen += size**2 * max(0.0, min(part, until) - begin)
+            all_ += size**2 * (until - begin)
             begin = until
-        return seen
-
-    def images(self, n: int) -> int:
-        """How many images a run over n training images trains on."""
-        return self.epochs * self.steps_per_epoch(n) * min(self.batch_size, n)
+        return seen / all_
 
 
 class Muon(torch.optim.Optimizer):
@@ -138,37 +137,104 @@ def check_batch(model: nn.Module, batch: int, accumulate: int) -> None:
         )
 
 
+class Trainee:
+    """A model with all of it that changes during training: random numbers depend only on seed and epoch."""
+
+    def __init__(self, model: nn.Module, call: nn.Module, recipe: Recipe, steps: int, precision: str) -> None:
+        """Takes the model, and what is called in its place: the compiled model, or itself."""
+        self.model, self.call, self.recipe, self.precision = model, call, recipe, precision
+        self.network = nn.parallel.DistributedDataParallel(call) if processes()[1] > 1 else call
+        self.optimizers = optimizers(model, recipe, precision)
+
+        def schedule(step: int) -> float:
+            return min(1.0, (step + 1) / (recipe.warmup * steps)) * (1 - step / steps)
+
+        self.schedulers = [torch.optim.lr_scheduler.LambdaLR(opt, schedule) for opt in self.optimizers]
+        self.history: list[dict] = []  # an entry an epoch
+        self.seconds: list[float] = []  # of every step
+
+    @property
+    def diverged(self) -> bool:
+        return bool(self.history) and self.history[-1]["train_loss"] is None
+
+    def step(self, x: Tensor, y: Tensor, batch: int, accumulate: int) -> Tensor:
+        """Trains on this process's shard of a batch, and returns its share of the loss, without label smoothing."""
+        world, total = processes()[1], torch.zeros((), device=x.device)
+        for i, (part, labels) in enumerate(zip(x.tensor_split(accumulate), y.tensor_split(accumulate))):
+            local = world > 1 and i < accumulate - 1  # gradients are averaged once a batch
+            with self.network.no_sync() if local else contextlib.nullcontext():
+                with autocast(x.device, self.precision):
+                    logits = self.network(part)
+                loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.recipe.label_smoothing)
+                (loss * (len(labels) * world / batch)).backward()  # the part's weight in the mean over the batch
+            total += F.cross_entropy(logits.detach().float(), labels, reduction="sum") / batch
+        for opt, scheduler in zip(self.optimizers, self.schedulers):
+            opt.step()
+            scheduler.step()
+            opt.zero_grad()
+        return total
+
+    def end_epoch(self, train_loss: float, tested: dict[str, float], seconds: list[float]) -> None:
+        finite = all(map(math.isfinite, (train_loss, tested["test_loss"])))
+        finite = finite and all(p.isfinite().all() for p in self.model.parameters())
+        losses = {"train_loss": train_loss, "test_loss": tested["test_loss"]} if finite else NO_LOSS
+        self.history.append({"epoch": len(self.history) + 1, **tested, **losses, "seconds": sum(seconds)})
+        self.seconds += seconds
+
+    def state_dict(self) -> dict:
+        parts = [part.state_dict() for part in (self.model, *self.optimizers, *self.schedulers)]
+        return {"parts": parts, "history": self.history, "seconds": self.seconds}
+
+    def load_state_dict(self, state: dict) -> None:
+        for part, saved in zip((self.model, *self.optimizers, *self.schedulers), state["parts"], strict=True):
+            part.load_state_dict(saved)
+        self.history, self.seconds = state["history"], state["seconds"]
+
+
+NO_LOSS = {"train_loss": None, "test_loss": None}  # of an epoch in which a run diverged
+
+
 def train(
-    model: nn.Module,
+    models: Mapping[str, nn.Module],
     data: Data,
     recipe: Recipe,
     seed: int,
     *,
+    own: Mapping[str, dict] = MappingProxyType({}),
+    baseline: str = "residual",
     precision: str = "float32",
     compile: bool = False,
     accumulate: int = 1,
     checkpoint: Path | None = None,
-    report: Callable[[float, int, float, list[dict]], None] = lambda *so_far: None,
-) -> dict:
-    """Trains the model on the device of the data and tests it after every epoch. Nothing is chosen by test accuracy.
+    report: Callable[[float, float, dict[str, list[dict]]], None] = lambda *so_far: None,
+) -> dict[str, dict]:
+    """Trains the models side by side on the device of the data, and tests them after every epoch.
 
-    A run whose loss or weights are not finite ends with that epoch. Within a process_group each process trains on its
-    part of every batch, and all have the same weights: to float error those of one process that has the whole batch.
+    Each batch is made once, and every model takes its step on it before the next one is made, in an order that turns.
+    The numbers of a model do not depend on the others, on a CPU to the bit; but for its step_ratio. Nothing is chosen
+    by the test images. A model whose loss or weights are not finite leaves after that epoch, and the others go on.
+
+    Within a process_group each process trains on its part of every batch, and all have the same weights: to float error
+    those of one process that has the whole batch.
 
     Args:
+        own: for a model's name, the fields of the recipe that are its own.
+        baseline: the model whose steps the others' are compared with.
         precision: "float32" or "bfloat16", by autocast.
         compile: with torch.compile, before the first step.
         accumulate: in how many parts, one after the other, a batch is trained on, for less memory. Gradients are the
             whole batch's, but for batch norm, which has the statistics of each part.
         checkpoint: a file that is written after every epoch, by the first process. Where it is there already, training
             resumes from it, and on a CPU ends with the bits of a run that was not interrupted.
-        report: called after every step and every test with the part of the work that is done, 0 to 1, the images
-            trained on, the seconds that took, and the history, all so far.
+        report: called after every step and every test with the part of the work that is done, 0 to 1, the images a
+            second, of all models together, and the histories, all so far.
 
     Returns:
-        epochs, test_accuracy (the last epoch's), diverged (the epoch in which that happened, or None), train_seconds
-        (training alone, without evaluation and compilation), images_per_second, compile_seconds and history (for each
-        epoch: its number from 1, train_loss, None where it diverged, test_accuracy, 0 to 1, seconds).
+        for each model epochs, test_loss and test_accuracy (the last epoch's), diverged (the epoch in which that
+        happened, or None), train_seconds (its steps), images_per_second, compile_seconds, step_ratio (the median over
+        the steps of its time to the baseline's on the same batch, None without the baseline), step_ratio_quartiles and
+        history: for each epoch its number from 1, train_loss (mean over the batches) and test_loss, both plain
+        cross-entropies in nats and None where it diverged, test_accuracy, 0 to 1, and the seconds of its steps.
 
     Raises:
         UserError: a part of a batch has too few images, --compile does not work here, an image can't be read.
@@ -176,112 +242,119 @@ def train(
     device, n = data.device, data.train_size
     rank, world = processes()
     batch = min(recipe.batch_size, n)
-    check_batch(model, batch, accumulate)
     test_batch = 1000 if isinstance(data, Dataset) else batch // (world * accumulate)  # what is trained on fits
-    model.to(device, memory_format=torch.channels_last)
-    if world > 1:
-        synchronize_batch_norm(model)
-    call = compiled({"model": model}, accumulate)["model"] if compile else model
-    compile_seconds = warm_up(model, call, data, recipe, precision, accumulate, test_batch) if compile else 0.0
-    network = nn.parallel.DistributedDataParallel(call) if world > 1 else call
-
-    opts = optimizers(model, recipe, precision)
+    for model in models.values():
+        check_batch(model, batch, accumulate)
+        model.to(device, memory_format=torch.channels_last)
+        if world > 1:
+            synchronize_batch_norm(model)
+    calls, compile_seconds = models, dict.fromkeys(models, 0.0)
+    if compile:
+        calls = compiled(models, accumulate)
+        for name, model in models.items():
+            compile_seconds[name] = warm_up(model, calls[name], data, recipe, precision, accumulate, test_batch)
     steps_per_epoch = recipe.steps_per_epoch(n)
     steps = recipe.epochs * steps_per_epoch
+    trainees = {
+        name: Trainee(model, calls[name], replace(recipe, **own.get(name, {})), steps, precision)
+        for name, model in models.items()
+    }
+    if checkpoint:
+        restore(checkpoint, trainees)
+    histories = {name: trainee.history for name, trainee in trainees.items()}
 
-    def schedule(step: int) -> float:
-        return min(1.0, (step + 1) / (recipe.warmup * steps)) * (1 - step / steps)
-
-    schedulers = [torch.optim.lr_scheduler.LambdaLR(opt, schedule) for opt in opts]
-    parts = [model, *opts, *schedulers]  # all that changes during training: random numbers depend on seed and epoch
-    history = restore(checkpoint, parts) if checkpoint else []
-    images = len(history) * recipe.images(n) // recipe.epochs
-    train_seconds = sum(entry["seconds"] for entry in history)
-
-    def report_so_far(seconds: float) -> None:
-        work = recipe.pixels(images / recipe.images(n)) / recipe.pixels(1.0)
-        report(work, images, seconds, history)
-
-    for epoch in range(len(history), recipe.epochs):
-        if history and history[-1]["train_loss"] is None:
+    for epoch in range(max(map(len, histories.values())), recipe.epochs):
+        training = {name: trainee for name, trainee in trainees.items() if not trainee.diverged}
+        if not training:
             break
-        model.train()
-        start, losses = time.perf_counter(), []
+        for trainee in training.values():
+            trainee.model.train()
+        begin, watches = time.perf_counter(), {name: Stopwatch(device) for name in training}
+        losses = {name: [] for name in training}
         for step, (x, y) in enumerate(data.batches(seed, epoch, recipe.batch_size, recipe.max_shift)):
-            x = resize(x, recipe.size((epoch + step / steps_per_epoch) / recipe.epochs))
-            for i, (part, labels) in enumerate(zip(x.tensor_split(accumulate), y.tensor_split(accumulate))):
-                local = world > 1 and i < accumulate - 1  # gradients are averaged once a batch
-                with network.no_sync() if local else contextlib.nullcontext():
-                    with autocast(device, precision):
-                        logits = network(part)
-                    loss = F.cross_entropy(logits.float(), labels, label_smoothing=recipe.label_smoothing)
-                    loss = loss * (len(labels) * world / batch)  # the part's weight in the mean over the batch
-                    loss.backward()
-                losses.append(loss.detach())
-            for opt, scheduler in zip(opts, schedulers):
-                opt.step()
-                scheduler.step()
-                opt.zero_grad()
-            images += batch
-            report_so_far(train_seconds + time.perf_counter() - start)
-        train_loss = torch.stack(losses).mean() * (accumulate / world)
-        train_loss = all_reduce_sum(train_loss).item()  # the only synchronization with the device
-        seconds = time.perf_counter() - start
-        train_seconds += seconds
-        finite = math.isfinite(train_loss) and all(p.isfinite().all() for p in model.parameters())
-        entry = {"epoch": epoch + 1, "train_loss": train_loss if finite else None}
-        history.append({**entry, "test_accuracy": evaluate(call, data, precision, test_batch), "seconds": seconds})
+            done = (epoch + step / steps_per_epoch) / recipe.epochs
+            x = resize(x, recipe.size(done))
+            for name in turned(list(training), step):
+                with watches[name]:
+                    losses[name].append(training[name].step(x, y, batch, accumulate))
+            speed = (step + 1) * batch * len(training) / (time.perf_counter() - begin)
+            report(recipe.work(done + 1 / steps), speed, histories)
+        tested = evaluate({name: trainee.call for name, trainee in training.items()}, data, precision, test_batch)
+        for name, trainee in training.items():
+            loss = all_reduce_sum(torch.stack(losses[name]).mean()).item()
+            trainee.end_epoch(loss, tested[name], watches[name].seconds())
         try:
             if checkpoint and rank == 0:
-                save(checkpoint, parts, history)
+                save(checkpoint, trainees)
         finally:
-            report_so_far(train_seconds)
+            report(recipe.work((epoch + 1) / recipe.epochs), speed, histories)
+    base = trainees[baseline].seconds if baseline in trainees else []
     return {
-        "epochs": len(history),
-        "test_accuracy": history[-1]["test_accuracy"],
-        "diverged": history[-1]["epoch"] if history[-1]["train_loss"] is None else None,
-        "train_seconds": train_seconds,
-        "images_per_second": images / train_seconds,
-        "compile_seconds": compile_seconds,
-        "history": history,
+        name: {
+            "epochs": len(trainee.history),
+            "test_loss": trainee.history[-1]["test_loss"],
+            "test_accuracy": trainee.history[-1]["test_accuracy"],
+            "diverged": trainee.history[-1]["epoch"] if trainee.diverged else None,
+            "train_seconds": sum(trainee.seconds),
+            "images_per_second": len(trainee.seconds) * batch / sum(trainee.seconds),
+            **step_ratio(trainee.seconds, base),
+            "compile_seconds": compile_seconds[name],
+            "history": trainee.history,
+        }
+        for name, trainee in trainees.items()
     }
 
 
-def save(checkpoint: Path, parts: list, history: list[dict]) -> None:
+def turned(names: list[str], step: int) -> list[str]:
+    """A B C, B C A, …"""
+    first = step % len(names)
+    return names[first:] + names[:first]
+
+
+def step_ratio(mine: list[float], base: list[float]) -> dict:
+    """Median and quartiles of the ratios of two models' times on the same batches."""
+    ratios = [a / b for a, b in zip(mine, base)]
+    if not ratios:
+        return {"step_ratio": None, "step_ratio_quartiles": None}
+    low, median, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else 3 * ratios
+    return {"step_ratio": median, "step_ratio_quartiles": [low, high]}
+
+
+def save(checkpoint: Path, trainees: Mapping[str, Trainee]) -> None:
     buffer = io.BytesIO()
-    torch.save({"parts": [part.state_dict() for part in parts], "history": history}, buffer)
+    torch.save({name: trainee.state_dict() for name, trainee in trainees.items()}, buffer)
     with atomic_write(checkpoint) as path:
         path.write_bytes(hashlib.sha256(buffer.getbuffer()).digest() + buffer.getvalue())
 
 
-def restore(checkpoint: Path, parts: list) -> list[dict]:
-    """Sets the parts to what the checkpoint holds and returns its history; a damaged checkpoint is set aside.
+def restore(checkpoint: Path, trainees: Mapping[str, Trainee]) -> None:
+    """Sets the trainees to what the checkpoint holds, if there is one; a damaged checkpoint is set aside.
 
     Of several processes the first reads it for all.
     """
     first = processes()[0] == 0
     content = broadcast(checkpoint.read_bytes() if first and checkpoint.exists() else None)
     if content is None:
-        return []
-    before = copy.deepcopy([part.state_dict() for part in parts])
+        return
+    before = copy.deepcopy({name: trainee.state_dict() for name, trainee in trainees.items()})
     try:
         if hashlib.sha256(content[32:]).digest() != content[:32]:  # torch does not compare its own check sums
             raise ValueError("its SHA-256 differs")
         state = torch.load(io.BytesIO(content[32:]), map_location="cpu", weights_only=True)
-        for part, saved in zip(parts, state["parts"], strict=True):
-            part.load_state_dict(saved)
-        return state["history"]
+        if state.keys() != trainees.keys():
+            raise ValueError(f"it is of {', '.join(state)}")
+        for name, trainee in trainees.items():
+            trainee.load_state_dict(state[name])
     except Exception as error:  # whatever is wrong with it, the run can start over
         if out_of_memory(error):
             raise
-        for part, saved in zip(parts, before):
-            part.load_state_dict(saved)
+        for name, trainee in trainees.items():
+            trainee.load_state_dict(before[name])
         if first:
             aside = checkpoint.with_suffix(".damaged")
             os.replace(checkpoint, aside)
             reason = str(error).strip().partition("\n")[0]
             print(f"{checkpoint} is damaged ({reason}): kept as {aside.name}, and the run starts over", file=sys.stderr)
-        return []
 
 
 def warm_up(
@@ -312,17 +385,24 @@ def warm_up(
                     logits = network(resize(parts[i], size))
                 F.cross_entropy(logits.float(), labels[i]).backward()
                 model.zero_grad()
-        evaluate(network, data, precision, test_batch)
+        evaluate({"": network}, data, precision, test_batch)
     model.load_state_dict(state)
     return time.perf_counter() - start
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, data: Data, precision: str = "float32", batch_size: int = 1000) -> float:
-    """Accuracy on the test images, 0 to 1, without test-time augmentation."""
-    model.eval()
-    correct = torch.zeros((), dtype=torch.long, device=data.device)
+def evaluate(
+    models: Mapping[str, nn.Module], data: Data, precision: str = "float32", batch_size: int = 1000
+) -> dict[str, dict[str, float]]:
+    """test_loss (cross-entropy, nats) and test_accuracy (0 to 1) of each model, without test-time augmentation."""
+    sums = {name: torch.zeros(2, device=data.device) for name in models}
+    for model in models.values():
+        model.eval()
     for x, y in data.test_batches(batch_size):
-        with autocast(y.device, precision):
-            correct += (model(x).argmax(dim=1) == y).sum()
-    return all_reduce_sum(correct).item() / data.test_size
+        for name, model in models.items():
+            with autocast(y.device, precision):
+                logits = model(x)
+            loss = F.cross_entropy(logits.float(), y, reduction="sum")
+            sums[name] += torch.stack((loss, (logits.argmax(dim=1) == y).sum()))
+    means = {name: all_reduce_sum(both).cpu().double() / data.test_size for name, both in sums.items()}
+    return {name: dict(zip(("test_loss", "test_accuracy"), both.tolist())) for name, both in means.items()}

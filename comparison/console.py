@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import rich
 from rich.box import MARKDOWN
 from rich.cells import cell_len
-from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
-from rich.table import Column, Table
+from rich.progress import Progress, ProgressColumn
+from rich.table import Table
 from rich.text import Text
 
 # For the encodings that lack them
@@ -84,35 +84,3 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
 def progress(*columns: ProgressColumn, **options) -> Progress:
     """A bar that leaves no trace, and is not there at all where the output is no terminal."""
     return Progress(*columns, transient=True, disable=not rich.get_console().is_terminal, **options)
-
-
-class Monitor:
-    """What runs now and how long it will take: a live line in a terminal, a line an epoch elsewhere."""
-
-    def __init__(self, titles: list[str], finished: list[bool], epochs: int) -> None:
-        self.titles, self.epochs = titles, epochs
-        self.done: list[float | None] = [1.0 if there else None for there in finished]  # the part of each run
-        self.tested = [0] * len(titles)  # its epochs
-        text = TextColumn("{task.description}", markup=False, table_column=Column(overflow="fold"))
-        self.bar = progress(text, BarColumn(20), TimeRemainingColumn(), speed_estimate_period=600)
-        self.task = self.bar.add_task("", total=len(titles), completed=sum(finished))
-
-    def report(self, run: int, work: float, images: int, seconds: float, history: list[dict]) -> None:
-        first, self.done[run] = self.done[run] is None, work
-        done = sum(filter(None, self.done))
-        if first:
-            self.tested[run] = len(history)
-            if history:  # a resumed run: what it had done says nothing about the time left
-                self.bar.reset(self.task, completed=done)
-        epoch_ended, self.tested[run] = len(history) > self.tested[run], len(history)
-        epoch = len(history) + (0 if epoch_ended else 1)
-        text = f"[{run + 1}/{len(self.titles)}] {self.titles[run]}, epoch {epoch}/{self.epochs}"
-        if history:
-            loss = history[-1]["train_loss"]
-            text += ", diverged" if loss is None else f", loss {loss:.3f}"
-            text += f", accuracy {100 * history[-1]['test_accuracy']:.2f} %"
-        text += f", {images / seconds:.0f} images/s"
-        self.bar.update(self.task, completed=done, description=text)
-        if self.bar.disable and epoch_ended:
-            left = self.bar.tasks[0].time_remaining
-            say(text if left is None else f"{text}, {int(left) // 60}:{int(left) % 60:02} min left")

@@ -1,87 +1,53 @@
-"""Several runs side by side, each in a process of its own."""
+"""Further processes of the script that share the seeds of its study."""
 
-import multiprocessing
 import os
 import signal
-import threading
-import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
-from functools import partial
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
-import torch
+from comparison.study import ROOT
 
-from comparison.console import UserError
+PARENT = "LAUREL_HELPS"  # in the environment of a further process: the process that it was started by
 
 
-def run_all(
-    train: Callable[..., dict], runs: dict[int, tuple], report: Callable[..., None], processes: int, threads: int
-) -> Iterator[dict]:
-    """Yields train(*runs[i], report=…) for each i, as they finish.
-
-    Args:
-        train: a function that can be pickled.
-        report: called with i and the arguments of each report.
-        processes: how many run at a time; a single one is this process.
-        threads: CPU threads of each process.
-    """
-    if processes == 1:
-        for i, run in runs.items():
-            yield train(*run, report=partial(report, i))
-        return
-    context = multiprocessing.get_context("spawn")
-    reports = context.SimpleQueue()
-
-    def listen() -> None:
-        while True:
-            message = reports.get()
-            with suppress(OSError):  # where nobody reads the output any more, the processes must not wait for that
-                report(*message)
-
-    threading.Thread(target=listen, daemon=True).start()
-    start = {"initializer": start_worker, "initargs": (threads, reports)}
-    with ProcessPoolExecutor(max(1, min(processes, len(runs))), mp_context=context, **start) as pool:
-        try:
-            handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is this process's: the others inherit that
-            try:
-                futures = [pool.submit(work, i, train, run) for i, run in runs.items()]
-            finally:
-                signal.signal(signal.SIGINT, handler)
-            for future in as_completed(futures):
-                yield future.result()
-        except BaseException as error:  # the pool would wait for what it has begun
-            for process in multiprocessing.active_children():
-                process.terminate()
-            if isinstance(error, BrokenProcessPool):
-                raise UserError(
-                    "a training process was killed, perhaps for lack of memory. Try --parallel below "
-                    f"{processes} with --threads {threads}",
-                    code=1,
-                ) from None
-            raise
+def helping() -> bool:
+    """Whether this is a further process."""
+    return PARENT in os.environ
 
 
-def start_worker(threads: int, reports: "multiprocessing.SimpleQueue") -> None:
-    global worker_reports
-    worker_reports = reports
-    torch.set_num_threads(threads)
-
-    def die_with_parent() -> None:  # a pool's processes outlive a parent that was killed (CPython issue 111873)
-        multiprocessing.parent_process().join()
+def end_with_parent() -> None:
+    """Ends a further process whose parent was killed."""
+    if helping() and os.name == "posix" and os.getppid() != int(os.environ[PARENT]):
         os._exit(1)
 
-    threading.Thread(target=die_with_parent, daemon=True).start()
 
+@contextmanager
+def helpers(n: int, options: Sequence[str]) -> Iterator[None]:
+    """Starts n further processes with options of their own; they end with this one.
 
-def work(i: int, train: Callable[..., dict], run: tuple) -> dict:
-    """Trains in a process of the pool, and reports once a second and once an epoch."""
-    sent = {"epochs": -1, "at": 0.0}
-
-    def report(part: float, images: int, seconds: float, history: list[dict]) -> None:
-        if len(history) > sent["epochs"] or time.monotonic() > sent["at"] + 1:
-            sent.update(epochs=len(history), at=time.monotonic())
-            worker_reports.put((i, part, images, seconds, history))
-
-    return train(*run, report=report)
+    What one says that fails is printed at the end: another process has then done its work, or said the same.
+    """
+    started = []
+    with ExitStack() as files:
+        for _ in range(n):
+            errors = files.enter_context(tempfile.TemporaryFile("w+", errors="replace"))
+            pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": errors}
+            environment = {**os.environ, PARENT: str(os.getpid())}
+            command = [sys.executable, str(ROOT / "Test.py"), *options]
+            # A session of its own: Ctrl-C is this process's.
+            process = subprocess.Popen(command, **pipes, env=environment, start_new_session=True)
+            started.append((process, errors))
+        try:
+            yield
+        finally:
+            for process, errors in started:
+                code = process.poll()
+                process.terminate()
+                process.wait()
+                if code:
+                    errors.seek(0)
+                    reason = f" by {signal.Signals(-code).name}, perhaps for lack of memory" if code < 0 else ""
+                    print(f"A process of --parallel was ended{reason}.", errors.read(), end="", file=sys.stderr)

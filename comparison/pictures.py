@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from comparison.files import atomic_write
-from comparison.report import summarize, title
+from comparison.report import MEASURES, measured, summarize, title
 
 if TYPE_CHECKING:  # matplotlib takes a second to import
     from matplotlib.axes import Axes
@@ -27,8 +27,8 @@ def draw(out: Path, config: dict, runs: list[dict]) -> list[Path]:
 
 
 def figures(config: dict, runs: list[dict]) -> dict[str, "Figure"]:
-    """accuracy.png, differences.png, parameters.png and learned.png: those that there is something for."""
-    summary = [entry for entry in summarize(runs, config["against"]) if entry["accuracy"]]
+    """accuracy.png, curves.png, differences.png, parameters.png and learned.png: those that there is something for."""
+    summary = [entry for entry in summarize(runs, config["against"]) if entry["finished"]]
     runs = [run for run in runs if not run.get("diverged")]
     by_model = {entry["model"]: [run for run in runs if run["model"] == entry["model"]] for entry in summary}
     style = {
@@ -37,6 +37,7 @@ def figures(config: dict, runs: list[dict]) -> dict[str, "Figure"]:
     }
     drawn = {
         "accuracy.png": draw_accuracy(by_model, style) if summary else None,
+        "curves.png": draw_curves(by_model, config["against"], style),
         "differences.png": draw_differences(summary, config["against"]),
         "parameters.png": draw_parameters(summary, config["against"], style),
         "learned.png": draw_learned(by_model, style),
@@ -44,12 +45,12 @@ def figures(config: dict, runs: list[dict]) -> dict[str, "Figure"]:
     return {name: figure for name, figure in drawn.items() if figure}
 
 
-def subplots(*shape: int, figsize: tuple[float, float]) -> tuple:
+def subplots(*shape: int, figsize: tuple[float, float], **options) -> tuple:
     os.environ.pop("MPLBACKEND", None)  # a notebook's, which may not be installed here
     from matplotlib.figure import Figure  # here, as it takes a second to import
 
     figure = Figure(figsize=figsize, layout="constrained")
-    return figure, figure.subplots(*shape)
+    return figure, figure.subplots(*shape, **options)
 
 
 def draw_accuracy(by_model: dict[str, list[dict]], style: dict) -> "Figure":
@@ -66,47 +67,82 @@ def draw_accuracy(by_model: dict[str, list[dict]], style: dict) -> "Figure":
     return figure
 
 
+def draw_curves(by_model: dict[str, list[dict]], against: str, style: dict) -> "Figure | None":
+    """Differences to the model that the others are compared with, in the course of training: mean and 95 % band."""
+    fields = {"train_loss": "training loss (mean over the epoch)", "test_loss": "test loss"}
+    base = {run["seed"]: run["history"] for run in by_model.get(against, [])}
+    pairs = {
+        name: [(run["history"], base[run["seed"]]) for run in mine if run["seed"] in base]
+        for name, mine in by_model.items()
+        if name != against
+    }
+    histories = [history for mine in pairs.values() for pair in mine for history in pair]
+    if not histories or any(epoch.get(field) is None for each in histories for epoch in each for field in fields):
+        return None
+    figure, panels = subplots(1, 2, figsize=(12, 4.5))
+    for panel, (field, label) in zip(panels, fields.items()):
+        for name, mine in pairs.items():
+            differences = [[a[field] - b[field] for a, b in zip(*pair)] for pair in mine]
+            if not differences:
+                continue
+            mean, sd = over_seeds(differences)
+            epochs = range(1, len(mean) + 1)
+            panel.plot(epochs, mean, label=name, **style[name])
+            if len(differences) > 1:
+                half = t_quantile(len(differences)) * sd / len(differences) ** 0.5
+                panel.fill_between(epochs, mean - half, mean + half, alpha=0.15, color=style[name]["color"])
+        panel.axhline(0, color="black", linewidth=0.8)
+        panel.set(xlabel="epoch", ylabel=f"{label}, difference to {against} (nats)")
+        panel.xaxis.get_major_locator().set_params(integer=True)
+        panel.grid(alpha=0.3)
+    panels[0].legend(title="mean and 95 % band over the seeds" if max(map(len, pairs.values())) > 1 else None)
+    return figure
+
+
 def draw_differences(summary: list[dict], against: str) -> "Figure | None":
     """Differences to the model that the others are compared with: those of the seeds, their mean, its 95 % interval."""
-    tested = [entry for entry in reversed(summary) if entry["interval"]]
-    if not tested:
+    measures = [measure for measure in MEASURES if any(entry[measure.field]["interval"] for entry in summary)]
+    if not measures:
         return None
-    figure, axes = subplots(figsize=(8, 1.5 + 0.4 * len(tested)))
-    for y, entry in enumerate(tested):
-        mean, (low, high) = statistics.mean(entry["difference"]), entry["interval"]
-        axes.plot(entry["difference"], [y] * len(entry["difference"]), "|", color="0.6", markersize=10)
-        fill = "black" if entry["p_holm"] < 0.05 else "white"
-        errors = [[mean - low], [high - mean]]
-        axes.errorbar(mean, y, xerr=errors, fmt="o", color="black", markerfacecolor=fill, capsize=4)
-    axes.axvline(0, color="black", linewidth=0.8)
-    axes.set_yticks(range(len(tested)), [entry["model"] for entry in tested])
-    axes.set(ylim=(-0.6, len(tested) - 0.4))
-    axes.set_xlabel(
-        f"difference to {against} in test accuracy (percentage points)\n"
-        "seeds, mean and its 95 % interval; filled: p < 0.05 after Holm's correction"
-    )
-    axes.grid(axis="x", alpha=0.3)
+    figure, panels = subplots(1, len(measures), figsize=(6 * len(measures), 1.8 + 0.4 * len(summary)), squeeze=False)
+    for panel, measure in zip(panels[0], measures):
+        tested = [entry for entry in reversed(summary) if entry[measure.field]["interval"]]
+        for y, result in enumerate(entry[measure.field] for entry in tested):
+            differences, (low, high) = result["differences"], result["interval"]
+            mean = statistics.mean(differences)
+            panel.plot(differences, [y] * len(differences), "|", color="0.6", markersize=10)
+            fill = "black" if result["p_holm"] < 0.05 else "white"
+            errors = [[mean - low], [high - mean]]
+            panel.errorbar(mean, y, xerr=errors, fmt="o", color="black", markerfacecolor=fill, capsize=4)
+        panel.axvline(0, color="black", linewidth=0.8)
+        panel.set_yticks(range(len(tested)), [entry["model"] for entry in tested])
+        panel.set(ylim=(-0.6, len(tested) - 0.4), xlabel=f"{measure.name}, difference to {against}")
+        panel.grid(axis="x", alpha=0.3)
+    figure.supxlabel("seeds, mean and its 95 % interval; filled: p < 0.05 after Holm's correction", fontsize="small")
     return figure
 
 
 def draw_parameters(summary: list[dict], against: str, style: dict) -> "Figure | None":
-    """Test accuracy over the parameters that a model adds, with the one that it is compared with as a band."""
+    """The measures over the parameters that a model adds, with the one that it is compared with as a band."""
     base = next((entry for entry in summary if entry["model"] == against), None)
     added = [entry for entry in summary if entry["added"] and entry["added"] > 0]
     if not base or not added:
         return None
-    figure, axes = subplots(figsize=(8, 5))
-    mean, sd = over_seeds([[value] for value in base["accuracy"]])
-    axes.axhline(mean[0], color="0.4", linestyle="--", label=against)
-    axes.axhspan(mean[0] - sd[0], mean[0] + sd[0], color="0.85")
-    for entry in added:
-        mean, sd = over_seeds([[value] for value in entry["accuracy"]])
-        look = style[entry["model"]] | {"linestyle": "none"}
-        axes.errorbar(entry["added"], mean[0], yerr=sd[0], capsize=4, label=entry["model"], **look)
-    axes.set(xscale="log", xlabel=f"parameters added to those of {against}", ylabel="test accuracy (%)")
-    axes.grid(alpha=0.3)
-    how = "mean ± standard deviation" if max(len(entry["accuracy"]) for entry in summary) > 1 else None
-    axes.legend(title=how, loc="center left", bbox_to_anchor=(1, 0.5))  # beside the panel, over no error bar
+    measures = measured(summary)
+    figure, panels = subplots(1, len(measures), figsize=(6 * len(measures), 4.5), squeeze=False)
+    for panel, measure in zip(panels[0], measures):
+        mean, sd = over_seeds([[value] for value in base[measure.field]["values"]])
+        panel.axhline(mean[0], color="0.4", linestyle="--", label=against)
+        panel.axhspan(mean[0] - sd[0], mean[0] + sd[0], color="0.85")
+        for entry in added:
+            if entry[measure.field]["values"]:
+                mean, sd = over_seeds([[value] for value in entry[measure.field]["values"]])
+                look = style[entry["model"]] | {"linestyle": "none"}
+                panel.errorbar(entry["added"], mean[0], yerr=sd[0], capsize=4, label=entry["model"], **look)
+        panel.set(xscale="log", xlabel=f"parameters added to those of {against}", ylabel=measure.name)
+        panel.grid(alpha=0.3)
+    how = "mean ± standard deviation" if max(entry["finished"] for entry in summary) > 1 else None
+    panels[0][-1].legend(title=how, loc="center left", bbox_to_anchor=(1, 0.5))  # beside the panels, over no error bar
     return figure
 
 
@@ -167,3 +203,10 @@ def over_seeds(values: list[list[float]]) -> tuple:
 
     array = np.array(values)
     return array.mean(axis=0), array.std(axis=0, ddof=1) if len(array) > 1 else np.zeros(array.shape[1])
+
+
+def t_quantile(n: int) -> float:
+    """Student's t for a 95 % interval of a mean of n values."""
+    from scipy.stats import t  # here, as it takes a second to import
+
+    return float(t.ppf(0.975, n - 1))

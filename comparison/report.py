@@ -1,62 +1,82 @@
 """Statistics and the table."""
 
-import math
 import statistics
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import NamedTuple
+
+
+class Measure(NamedTuple):
+    """What models are compared by: a field of their runs and epochs, times a factor, and how it is written."""
+
+    name: str
+    field: str
+    factor: float
+    form: str
+
+
+MEASURES = (Measure("test loss", "test_loss", 1, ".4f"), Measure("test accuracy %", "test_accuracy", 100, ".2f"))
+
+
+def measured(summary: list[dict]) -> list[Measure]:
+    """The measures that there are values of."""
+    return [measure for measure in MEASURES if any(entry[measure.field]["values"] for entry in summary)]
 
 
 def summarize(runs: list[dict], against: str = "residual") -> list[dict]:
-    """One entry a model: values over seeds, differences to the model `against` paired by seed, and what they show.
+    """One entry a model: for each measure the values over seeds and the differences to `against`, paired by seed.
 
-    Runs that diverged are counted, and left out of everything else.
+    Holm's correction is over the models, for each measure apart. Runs that diverged are counted, and left out of
+    everything else.
     """
-    baseline = {run["seed"]: run for run in runs if run["model"] == against and not run.get("diverged")}
     parameters = next((run["parameters"] for run in runs if run["model"] == against), None)
     summary = []
     for name in dict.fromkeys(run["model"] for run in runs):
         mine = [run for run in runs if run["model"] == name]
         finite = [run for run in mine if not run.get("diverged")]
-        paired = [(run, baseline[run["seed"]]) for run in finite if run["seed"] in baseline and name != against]
+        ratios = [(run["step_ratio"], *run["step_ratio_quartiles"]) for run in finite if run["step_ratio"]]
         summary.append(
             {
                 "model": name,
                 "parameters": mine[0]["parameters"],
                 "added": mine[0]["parameters"] - parameters if name != against and parameters else None,
-                "accuracy": [100 * run["test_accuracy"] for run in finite],
+                "finished": len(finite),
                 "diverged": len(mine) - len(finite),
-                "difference": [100 * (run["test_accuracy"] - base["test_accuracy"]) for run, base in paired],
-                **paired_test(*([100 * each["test_accuracy"] for each in pair] for pair in zip(*paired))),
+                "step_ratio": [statistics.mean(each) for each in zip(*ratios)],
                 "seconds": [run["train_seconds"] for run in finite],
-                "images_per_second": [run["images_per_second"] for run in finite],
                 "compile_seconds": [run["compile_seconds"] for run in finite],
             }
         )
-    tested = [entry for entry in summary if entry["p"] is not None]
-    for entry, p in zip(tested, holm([entry["p"] for entry in tested])):
-        entry["p_holm"] = p
+    for measure in MEASURES:
+        values = {}
+        for run in runs:
+            if not run.get("diverged") and run[measure.field] is not None:
+                values.setdefault(run["model"], {})[run["seed"]] = measure.factor * run[measure.field]
+        for entry in summary:
+            mine, base = values.get(entry["model"], {}), values.get(against, {})
+            seeds = [seed for seed in mine if seed in base and entry["model"] != against]
+            tested = paired_test([mine[seed] for seed in seeds], [base[seed] for seed in seeds])
+            entry[measure.field] = {"values": list(mine.values()), **tested}
+        tested = [entry[measure.field] for entry in summary if entry[measure.field]["p"] is not None]
+        for result, p in zip(tested, holm([result["p"] for result in tested])):
+            result["p_holm"] = p
     return summary
 
 
 def paired_test(mine: Sequence[float] = (), base: Sequence[float] = ()) -> dict:
     """Student's t-test of the paired differences: p, their mean's 95 % interval, their standard deviation.
 
-    And the standard deviation that they would have if they were not paired. None where there is nothing to test: fewer
-    than two pairs, or differences that are all the same.
+    None where there is nothing to test: fewer than two pairs, or differences that are all the same.
     """
-    paired_sd = statistics.stdev(a - b for a, b in zip(mine, base)) if len(mine) > 1 else 0.0
-    if paired_sd < 1e-9:  # 0 but for rounding
-        return {"p": None, "p_holm": None, "interval": None, "paired_sd": None, "unpaired_sd": None}
+    differences = [a - b for a, b in zip(mine, base)]
+    sd = statistics.stdev(differences) if len(differences) > 1 else 0.0
+    if sd < 1e-9:  # 0 but for rounding
+        return {"differences": differences, "p": None, "p_holm": None, "interval": None, "sd": None}
     from scipy.stats import ttest_rel  # here, as it takes a second to import
 
     test = ttest_rel(mine, base)
-    return {
-        "p": float(test.pvalue),
-        "p_holm": None,
-        "interval": tuple(map(float, test.confidence_interval(0.95))),
-        "paired_sd": paired_sd,
-        "unpaired_sd": math.hypot(statistics.stdev(mine), statistics.stdev(base)),
-    }
+    interval = tuple(map(float, test.confidence_interval(0.95)))
+    return {"differences": differences, "p": float(test.pvalue), "p_holm": None, "interval": interval, "sd": sd}
 
 
 def holm(ps: list[float]) -> list[float]:
@@ -75,7 +95,7 @@ def spread(values: list[float], form: str) -> str:
 
 
 def title(config: dict) -> str:
-    seeds, epochs = config["seeds"], config["epochs"]
+    seeds, epochs = len(config["seeds"]), config["epochs"]
     return ", ".join(
         [
             config["data"],
@@ -83,7 +103,6 @@ def title(config: dict) -> str:
             f"{epochs} epoch{'s' * (epochs > 1)}",
             f"{config['device_name']}, {config['precision']}",
             *([f"{config['processes']} processes"] if config["processes"] > 1 else []),
-            *([f"{config['parallel']} runs at a time"] if config["parallel"] > 1 else []),
             "one seed" if seeds == 1 else f"{seeds} seeds: mean ± standard deviation",
         ]
     )
@@ -91,36 +110,46 @@ def title(config: dict) -> str:
 
 def table(config: dict, runs: list[dict]) -> dict:
     """The arguments of console.print_table."""
-    several, against = config["seeds"] > 1, config["against"]
-    columns = ["model", "parameters", "added %", "test accuracy %", f"difference to {against}"]
-    columns += ["95 % interval", "p (Holm)", "significant", "s.d. of differences", "if not paired"] * several
-    columns += ["training s", "images/s"] + ["compilation s"] * config["compile"]
+    seeds, against = len(config["seeds"]), config["against"]
+    summary = summarize(runs, against)
+    measures = measured(summary)
+    columns = ["model", "parameters", "added %"]
+    for measure in measures:
+        columns += [measure.name, f"difference to {against}" + " [95 % interval]" * (seeds > 1)]
+        columns += ["p (Holm)"] * (seeds > 1)
+    columns += ["step time / residual (quartiles)", "training s"] + ["compilation s"] * config["compile"]
     rows = []
-    for entry in summarize(runs, against):
-        n, pairs, diverged = len(entry["accuracy"]), len(entry["difference"]), entry["diverged"]
-        fewer = f" ({n} of {config['seeds']} seeds{f', {diverged} diverged' if diverged else ''})"
+    for entry in summary:
+        finished, diverged = entry["finished"], entry["diverged"]
+        fewer = f" ({finished} of {seeds} seeds{f', {diverged} diverged' if diverged else ''})"
         added = entry["added"] and 100 * entry["added"] / (entry["parameters"] - entry["added"])
-        row = [
-            entry["model"],
-            f"{entry['parameters']:,}",
-            "–" if added is None else f"{added:.3f}",
-            spread(entry["accuracy"], ".2f") + fewer * (n < config["seeds"]),
-            f"{statistics.mean(entry['difference']):+.2f}" + f" ({pairs} pairs)" * (pairs < n) if pairs else "–",
-        ]
-        if several and entry["p"] is None:
-            row += ["–"] * 5
-        elif several:
-            low, high = entry["interval"]
-            significant = "no" if entry["p_holm"] >= 0.05 else "higher" if low > 0 else "lower"
-            row += [f"[{low:+.2f}, {high:+.2f}]", f"{entry['p_holm']:.2g}", significant]
-            row += [f"{entry['paired_sd']:.2f}", f"{entry['unpaired_sd']:.2f}"]
-        row += [spread(entry["seconds"], ".1f"), spread(entry["images_per_second"], ".0f")]
+        row = [entry["model"] + fewer * (finished < seeds), f"{entry['parameters']:,}"]
+        row.append("–" if added is None else f"{added:.3f}")
+        for measure in measures:
+            result = entry[measure.field]
+            row += [spread(result["values"], measure.form), difference(result, measure.form, finished)]
+            row += [f"{result['p_holm']:.2g}" if result["p_holm"] is not None else "–"] * (seeds > 1)
+        ratio = "{:.3f} ({:.3f}–{:.3f})".format(*entry["step_ratio"]) if entry["step_ratio"] else "–"
+        row += [ratio, spread(entry["seconds"], ".1f")]
         rows.append(row + [spread(entry["compile_seconds"], ".1f")] * config["compile"])
-    notes = ["Differences paired by seed; intervals for each alone, p and significance (0.05) after Holm's correction."]
-    if not several:
-        notes = ["One seed shows little: repeat with --seeds 5 or more."]
+    notes = ["Differences paired by seed; p after Holm's correction over the models, for each measure apart."]
+    if seeds == 1:
+        notes = ["One seed shows little: repeat with --seeds 3 or more."]
     if against not in (run["model"] for run in runs):
         notes.append(f"No differences: there is no {against} among the models.")
+    if any(run["step_ratio"] is None for run in runs):
+        notes.append("No step time where a model was not trained side by side with residual.")
     if len({run.get("git_commit") for run in runs}) > 1:
         notes.append("The runs are of several commits, see results.json.")
     return {"title": title(config), "columns": columns, "rows": rows, "notes": " ".join(notes)}
+
+
+def difference(result: dict, form: str, finished: int) -> str:
+    """The mean, its interval, and the number of pairs where it is not that of the runs."""
+    pairs = len(result["differences"])
+    if not pairs:
+        return "–"
+    text = f"{statistics.mean(result['differences']):+{form}}"
+    if result["interval"]:
+        text += " [{:+{form}}, {:+{form}}]".format(*result["interval"], form=form)
+    return text + f" ({pairs} pairs)" * (pairs < finished)

@@ -3,13 +3,14 @@
 import csv
 import json
 import platform
-import re
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
+import filelock
 import torch
 import torchvision
 
@@ -19,17 +20,18 @@ from comparison.distributed import processes
 from comparison.files import atomic_write, remove_partial, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
-# What may change while a study goes on: which runs it has, and what no number depends on.
+# What may change from command to command: which runs a study has, and what no number depends on.
 FREE = ("models", "seeds", "against", "parallel", "workers", "data_dir", "out", "draw", "seconds", "network", "gpt")
 FREE += ("python", "torchvision", "git_commit")
 FACTS = ("data", "training_images", "test_images", "processes", "device_name", "torch")  # all else is an option
 # What the table and the pictures need of results.json
 NUMBER = (int, float)
-CONFIG_FIELDS = {"data": str, "training_images": int, "epochs": int, "seeds": int, "models": list, "device_name": str}
-CONFIG_FIELDS |= {"precision": str, "compile": bool, "parallel": int}
+CONFIG_FIELDS = {"data": str, "training_images": int, "epochs": int, "seeds": list, "models": list, "device_name": str}
+CONFIG_FIELDS |= {"precision": str, "compile": bool}
 RUN_FIELDS = {"model": str, "seed": int, "parameters": int, "test_accuracy": NUMBER, "train_seconds": NUMBER}
 RUN_FIELDS |= {"images_per_second": NUMBER, "compile_seconds": NUMBER, "learned": dict, "history": list}
 EPOCH_FIELDS = {"seconds": NUMBER, "test_accuracy": NUMBER}
+NOT_IN_CSV = ("learned", "history", "step_ratio_quartiles")
 
 
 def git_commit() -> str | None:
@@ -69,17 +71,25 @@ def check_fields(place: str, content: object, fields: dict) -> None:
             raise UserError(f"{place} has {'no ' if value is None else f'{value!r} for '}{name}")
 
 
-def checkpoint_path(out: Path, model: str, seed: int) -> Path:
-    return out / "checkpoints" / f"{re.sub('[/:]', '_', model)}, seed {seed}.pt"
-
-
 def check_against(against: str | None, models: Iterable[str]) -> None:
     if against not in (None, *models):
         raise UserError(f"--against {against} must be one of the models: {', '.join(models)}")
 
 
+def complete(config: dict, runs: list[dict]) -> tuple[dict, list[dict]]:
+    """What results.json holds, with what it lacked before losses and ratios were recorded."""
+    config = {"against": "residual", "accumulate": 1, "processes": 1, **config}
+    if isinstance(config.get("seeds"), int):
+        config["seeds"] = list(range(config["seeds"]))
+    added = ("test_loss", "step_ratio", "step_ratio_quartiles")
+    return config, [run | {name: run.get(name) for name in added} if isinstance(run, dict) else run for run in runs]
+
+
 class Study:
-    """A folder with results.json, results.csv and, while it goes on, checkpoints.
+    """A folder with results.json, results.csv and, while it is worked on, checkpoints.
+
+    Several processes may work on one: a seed is trained by the process that has its lock, which the system releases
+    when the process dies.
 
     Attributes:
         config: the options and versions that the numbers depend on.
@@ -87,7 +97,7 @@ class Study:
     """
 
     def __init__(self, out: Path, config: dict, runs: Iterable[dict] = ()) -> None:
-        self.out, self.config = out, config
+        self.out, self.config, self.commit = out, config, config.get("git_commit")
         self.runs = {(run["model"], run["seed"]): run for run in runs}
 
     @staticmethod
@@ -103,44 +113,102 @@ class Study:
         except (OSError, ValueError) as error:
             raise UserError(f"{path} can't be read as the results of a study: {error!r}") from None
         check_fields(str(path), content, {"config": dict, "runs": list})
-        config = {"against": "residual", "accumulate": 1, "processes": 1, **content["config"]}
+        config, runs = complete(content["config"], content["runs"])
         check_fields(f"{path}: config", config, CONFIG_FIELDS)
-        for i, run in enumerate(content["runs"], 1):
+        for i, run in enumerate(runs, 1):
             check_fields(f"{path}: run {i}", run, RUN_FIELDS)
             for epoch in run["history"]:
                 check_fields(f"{path}: the history of run {i}", epoch, EPOCH_FIELDS)
-        return Study(out, config, content["runs"])
+        return Study(out, config, runs)
 
     @staticmethod
-    def resume(out: Path, config: dict, against: str | None) -> "Study":
+    def open(out: Path, config: dict, against: str | None) -> "Study":
         """Opens the study in a folder, or a new one, for training.
 
         Raises:
             UserError: the folder holds a study with other options.
         """
+        out.mkdir(parents=True, exist_ok=True)
         study, commit = Study(out, config), config["git_commit"]
-        if (out / "results.json").exists():
-            study = Study.read(out)
-            study.refuse_changes(config)
-            first = study.config.get("git_commit")
-            if first != commit:
-                print(f"--out {out} was begun with the code of commit {first}", file=sys.stderr)
-            config = {**study.config, **config, "git_commit": first}
-            config["models"] = list(dict.fromkeys([*study.config["models"], *config["models"]]))
-            config["seeds"] = max(study.config["seeds"], config["seeds"])
-            config["against"] = against or study.config["against"]
-            study.config = config
-        study.commit = commit  # of the runs that are added
-        check_against(against, study.config["models"])
-        remove_partial(out)
-        remove_partial(out / "checkpoints")
-        finished = {checkpoint_path(out, *run) for run in study.runs}
-        for path in out.glob("checkpoints/*.pt"):
-            if path in finished or not (out / "results.json").exists():
-                path.unlink()
-        study.write()  # no checkpoint without the options that it belongs to
-        (out / "checkpoints").mkdir(exist_ok=True)
+        with study.lock("study"):
+            if (out / "results.json").exists():
+                study = Study.read(out)
+                study.refuse_changes(config)
+                first = study.config.get("git_commit")
+                if first != commit:
+                    print(f"--out {out} was begun with the code of commit {first}", file=sys.stderr)
+                for name in ("models", "seeds"):
+                    study.config[name] = list(dict.fromkeys([*study.config[name], *config[name]]))
+                study.config["against"] = against or study.config["against"]
+                study.commit = commit  # of the runs that are added
+                for seed in study.config["seeds"]:
+                    if study.checkpoint(seed).exists() and not study.begun(seed):
+                        study.clear(seed)
+            else:
+                shutil.rmtree(out / "checkpoints", ignore_errors=True)  # of a study that is gone
+            check_against(against, study.config["models"])
+            remove_partial(out)
+            study.write()  # no checkpoint without the options that it belongs to
         return study
+
+    def lock(self, name: str, wait: bool = True) -> filelock.FileLock:
+        (self.out / ".locks").mkdir(exist_ok=True)
+        return filelock.FileLock(self.out / ".locks" / name, timeout=-1 if wait else 0)
+
+    def refresh(self) -> None:
+        """Reads what other processes have added."""
+        study = Study.read(self.out)
+        self.config, self.runs = study.config, study.runs
+
+    def lacking(self, seed: int, models: Iterable[str]) -> list[str]:
+        return [name for name in models if (name, seed) not in self.runs]
+
+    def take(
+        self, seeds: Iterable[int], models: list[str], waiting: Callable[[], None] | None
+    ) -> Iterator[tuple[int, list[str]]]:
+        """Yields seeds, each with the models to train on it, until all of them are there.
+
+        A seed is this process's until the next one is asked for, by when the runs have to be added. It yields what no
+        other process works on; then it waits for these, calling `waiting`, or ends, if that is None.
+        """
+        while left := [seed for seed in seeds if self.lacking(seed, models)]:
+            for seed in left:
+                try:
+                    with self.lock(f"seed {seed}", wait=False):
+                        self.refresh()
+                        while group := self.begun(seed) or self.lacking(seed, models):
+                            with self.lock("study"):
+                                self.folder(seed).mkdir(parents=True, exist_ok=True)
+                            remove_partial(self.folder(seed))
+                            yield seed, group
+                except filelock.Timeout:
+                    continue
+            if waiting is None:
+                return
+            self.refresh()
+            waiting()
+
+    def folder(self, seed: int) -> Path:
+        """Where a seed's checkpoint and progress are while it is trained."""
+        return self.out / "checkpoints" / f"seed {seed}"
+
+    def checkpoint(self, seed: int) -> Path:
+        return self.folder(seed) / "checkpoint.pt"
+
+    def begun(self, seed: int) -> list[str]:
+        """The models of the seed's checkpoint, which are trained together to the end."""
+        models = self.progress(seed).get("models", []) if self.checkpoint(seed).exists() else []
+        return models if self.lacking(seed, models) else []
+
+    def progress(self, seed: int) -> dict:
+        """What `report` was given last for a seed that is being trained; empty if there is none."""
+        try:
+            return json.loads((self.folder(seed) / "progress.json").read_text())
+        except (OSError, ValueError):
+            return {}
+
+    def report(self, seed: int, progress: dict) -> None:
+        write_json(self.folder(seed) / "progress.json", progress)
 
     def refuse_changes(self, config: dict) -> None:
         def flat(config: dict) -> dict:
@@ -159,20 +227,27 @@ class Study:
         models = list(dict.fromkeys([*self.config["models"], *(model for model, _ in self.runs)]))
         return sorted(self.runs.values(), key=lambda run: (run["seed"], models.index(run["model"])))
 
-    def add(self, run: dict) -> None:
-        """Adds a finished run, and removes its checkpoint."""
-        self.runs[run["model"], run["seed"]] = {**run, "git_commit": self.commit}
-        self.write()
-        checkpoint_path(self.out, run["model"], run["seed"]).unlink()
+    def add(self, seed: int, runs: Iterable[dict]) -> None:
+        """Adds the finished runs of a seed, and removes their checkpoint."""
+        with self.lock("study"):
+            self.refresh()
+            for run in runs:
+                self.runs[run["model"], seed] = {**run, "git_commit": self.commit}
+            self.write()
+            self.clear(seed)
 
-    def finish(self) -> None:
-        with suppress(OSError):  # not empty: damaged checkpoints are kept
-            (self.out / "checkpoints").rmdir()
+    def clear(self, seed: int) -> None:
+        """Removes what is no longer needed when a seed's models have finished; a damaged checkpoint is kept."""
+        for path in (self.checkpoint(seed), self.folder(seed) / "progress.json"):
+            path.unlink(missing_ok=True)
+        with suppress(OSError):  # not empty
+            self.folder(seed).rmdir()
+            self.folder(seed).parent.rmdir()
 
     def write(self) -> None:
         runs = self.in_order()
         write_json(self.out / "results.json", {"config": self.config, "runs": runs}, indent=2)
-        names = [name for name in runs[0] if name not in ("learned", "history")] if runs else []
+        names = [name for name in runs[0] if name not in NOT_IN_CSV] if runs else []
         with atomic_write(self.out / "results.csv") as path, path.open("w", newline="") as file:
             writer = csv.DictWriter(file, names, extrasaction="ignore")
             writer.writeheader()

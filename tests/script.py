@@ -16,10 +16,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-PICTURES = ("accuracy.png", "differences.png", "parameters.png", "learned.png")
+PICTURES = ("accuracy.png", "curves.png", "differences.png", "parameters.png", "learned.png")
 
 
-SYNTHETIC = ("--dataset", "synthetic", "--limit", "200", "--batch-size", "100", "--epochs", "1")
+SYNTHETIC = ("--dataset", "synthetic", "--limit", "200", "--batch-size", "100", "--epochs", "1", "--seeds", "1")
 
 
 def run(*options: str, **kwargs) -> subprocess.CompletedProcess:
@@ -76,24 +76,31 @@ POSIX = pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals and limi
 def numbers(out: Path) -> list[dict]:
     """All that a run ended with but how long it took."""
     runs = json.loads((out / "results.json").read_text())["runs"]
-    kept = ("model", "seed", "epochs", "test_accuracy", "diverged", "learned", "weights_sha256")
-    history = ("train_loss", "test_accuracy")
+    kept = ("model", "seed", "epochs", "test_loss", "test_accuracy", "diverged", "learned", "weights_sha256")
+    history = ("train_loss", "test_loss", "test_accuracy")
     return [{k: run[k] for k in kept} | {k: [e[k] for e in run["history"]] for k in history} for run in runs]
 
 
 def columns_of(table: dict) -> dict[str, list[str]]:
-    """The cells of each column of a table, by its heading."""
-    return {name: list(cells) for name, *cells in zip(table["columns"], *table["rows"])}
+    """The cells of each column of a table, by its heading; those of a measure's difference and p with its name."""
+    columns, measure = {}, ""
+    for name, *cells in zip(table["columns"], *table["rows"]):
+        measure = name if name.startswith("test ") else measure
+        own = name.startswith(("difference", "p (Holm)"))
+        columns[f"{measure}: {name.partition(' ')[0]}" if own else name] = list(cells)
+    return columns
 
 
 def runs_of(accuracies: dict[str, list[float]], **more) -> list[dict]:
-    common = {"parameters": 10, "train_seconds": 1.0, "images_per_second": 1.0, "compile_seconds": 0.0, **more}
+    """Runs with these accuracies, and losses that are one minus these."""
+    common = {"parameters": 10, "train_seconds": 1.0, "images_per_second": 1.0, "compile_seconds": 0.0}
+    common |= {"step_ratio": 1.0, "step_ratio_quartiles": [0.9, 1.2], **more}
     return [
-        {"model": model, "seed": seed, "test_accuracy": value, **common}
+        {"model": model, "seed": seed, "test_accuracy": value, "test_loss": 1 - value, **common}
         for model, values in accuracies.items()
         for seed, value in enumerate(values)
     ]
 
 
-CONFIG = {"data": "", "training_images": 0, "epochs": 1, "seeds": 1, "models": [], "device_name": "", "precision": ""}
-CONFIG |= {"compile": False, "parallel": 1, "processes": 1, "against": "residual"}
+CONFIG = {"data": "", "training_images": 0, "epochs": 1, "seeds": [0], "models": [], "device_name": "", "precision": ""}
+CONFIG |= {"compile": False, "processes": 1, "against": "residual"}

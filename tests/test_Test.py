@@ -32,7 +32,7 @@ def test_all_models_take_the_same_batches(data, monkeypatch):
     recipe = TrainUtil.Recipe(epochs=2, batch_size=10, sizes=((16, 1.0),))
     for name in ("residual", "rw+lr+pa", "deeper"):
         seen[name] = []
-        TrainUtil.train(SmallCNN(Model.parse(name), 0, data), data.limit(20), recipe, 0)
+        TrainUtil.train({name: SmallCNN(Model.parse(name), 0, data)}, data.limit(20), recipe, 0)
     assert len(seen["residual"]) == 4
     for mine, theirs in zip(seen["rw+lr+pa"], seen["residual"]):
         assert all(torch.equal(a, b) for a, b in zip(mine, theirs))
@@ -66,15 +66,19 @@ def test_a_whole_run_leaves_its_files(finished):
         assert 0 <= one["test_accuracy"] <= 1
         assert one["train_seconds"] > 0
         assert one["images_per_second"] > 0
-        assert one["history"][0].keys() == {"epoch", "train_loss", "test_accuracy", "seconds"}
+        assert one["step_ratio"] > 0
+        assert one["history"][0].keys() == {"epoch", "train_loss", "test_loss", "test_accuracy", "seconds"}
+        assert one["test_loss"] == one["history"][0]["test_loss"] > 0
     assert runs[1]["learned"].keys() == {"alpha", "beta"}
     assert runs[2]["learned"].keys() == {"alpha", "beta", "gamma[0]", "gamma[1]"}
     assert list(runs[2]["learned"]["gamma[1]"]) == ["1.2", "2.2", "3.2", "3.3"]
     rows = list(csv.DictReader((out / "results.csv").open()))
-    assert [float(row["test_accuracy"]) for row in rows] == [one["test_accuracy"] for one in runs]
+    for name in ("test_loss", "test_accuracy", "step_ratio"):
+        assert [float(row[name]) for row in rows] == [one[name] for one in runs]
+    assert config["seeds"] == [0, 1]
     for name in PICTURES:
         assert (out / name).read_bytes().startswith(b"\x89PNG")
-    assert sorted(path.name for path in out.iterdir()) == sorted([".lock", "results.csv", "results.json", *PICTURES])
+    assert sorted(path.name for path in out.iterdir()) == sorted([".locks", "results.csv", "results.json", *PICTURES])
 
 
 def test_the_table_is_that_of_the_results(finished):
@@ -83,17 +87,19 @@ def test_the_table_is_that_of_the_results(finished):
     table = {
         cells[0]: cells[1:]
         for line in done.stdout.splitlines()
-        if line.startswith("| r") and len(cells := [cell.strip() for cell in line.split("|")[1:-1]]) == 12
+        if line.startswith("| r") and len(cells := [cell.strip() for cell in line.split("|")[1:-1]]) == 11
     }
-    assert list(table) == ["residual", "rw", "rw+lr+pa@4/2"]
+    assert list(table)[-3:] == ["residual", "rw", "rw+lr+pa@4/2"]
     assert table["residual"][0] == f"{runs[0]['parameters']:,}"
-    a, b = (100 * one["test_accuracy"] for one in (runs[1], runs[4]))
-    assert table["rw"][2] == f"{(a + b) / 2:.2f} ± {abs(a - b) / 2**0.5:.2f}"
-    c, d = (100 * one["test_accuracy"] for one in (runs[0], runs[3]))
-    assert table["rw"][3] == f"{(a - c + b - d) / 2:+.2f}"
-    assert table["rw"][7] == f"{abs(a - c - b + d) / 2**0.5:.2f}"
-    assert table["residual"][3] == "–"
+    for i, name, factor, digits in ((2, "test_loss", 1, 4), (5, "test_accuracy", 100, 2)):
+        a, b = (factor * one[name] for one in (runs[1], runs[4]))
+        assert table["rw"][i] == f"{(a + b) / 2:.{digits}f} ± {abs(a - b) / 2**0.5:.{digits}f}"
+        c, d = (factor * one[name] for one in (runs[0], runs[3]))
+        assert table["rw"][i + 1].startswith(f"{(a - c + b - d) / 2:+.{digits}f} [")
+        assert table["residual"][i + 1] == "–"
+    assert table["rw"][8].startswith(f"{(runs[1]['step_ratio'] + runs[4]['step_ratio']) / 2:.3f} (")
     assert "SYNTHETIC" in done.stdout
+    assert re.search(r"^\| rw \(1 of 2 seeds\) ", done.stdout, flags=re.MULTILINE)  # after the first seed already
     for name in ("results.json", "results.csv", *PICTURES):
         assert str(out / name) in done.stdout.replace("\n", "")
 
@@ -121,6 +127,8 @@ def test_a_cpu_may_have_a_number(tmp_path):
         (["--models", "lr/3"], ["lr/3", "no k"]),
         (["--models", "lr@0"], ["lr@0", "from 1 to"]),
         (["--seeds", "0"], ["--seeds", "from 1 to 999999999", "'0'"]),
+        (["--seeds", "7-5"], ["--seeds", "FIRST-LAST", "'7-5'"]),
+        (["--seeds", "5-"], ["--seeds", "'5-'"]),
         (["--epochs", "-1"], ["--epochs", "from 1", "-1"]),
         (["--epochs", "2.5"], ["--epochs", "whole number", "2.5"]),
         (["--device", "tpu"], ["'tpu'", "auto, cpu"]),
@@ -243,7 +251,7 @@ def test_an_image_that_is_broken_ends_a_study_with_what_it_had(tmp_path, capsys)
                 image = torch.full((3, 40, 40), 60 + 100 * label + i, dtype=torch.uint8)
                 to_pil_image(image).save(tmp_path / "images" / part / str(label) / f"{i}.png")
     data = ["--dataset", "imagefolder", "--data-dir", str(tmp_path / "images"), "--image-size", "32", "--workers", "1"]
-    options = [*data, "--batch-size", "8", "--epochs", "1", "--device", "cpu", "--out", str(tmp_path / "out")]
+    options = [*data, "--batch-size", "8", "--epochs", "1", "--seeds", "1", "--out", str(tmp_path / "out")]
     assert Test.main([*options, "--models", "residual"]) == 0
     path = tmp_path / "images" / "train" / "1" / "3.png"
     whole = path.read_bytes()
@@ -254,10 +262,8 @@ def test_an_image_that_is_broken_ends_a_study_with_what_it_had(tmp_path, capsys)
     assert "| residual |" in captured.out  # its table is printed
     path.write_bytes(whole)
     assert Test.main([*options, "--models", "residual", "rw"]) == 0
-    assert [run["model"] for run in json.loads((tmp_path / "out" / "results.json").read_text())["runs"]] == [
-        "residual",
-        "rw",
-    ]
+    runs = json.loads((tmp_path / "out" / "results.json").read_text())["runs"]
+    assert [(run["model"], run["step_ratio"]) for run in runs] == [("residual", 1.0), ("rw", None)]
 
 
 def test_no_data_ends_with_what_was_tried(tmp_path, monkeypatch, capsys):
@@ -284,15 +290,20 @@ def test_help_has_examples_that_parse(tmp_path, monkeypatch, capsys):
         Test.parse(shlex.split(example))
 
 
-def test_the_decay_in_a_models_name_reaches_the_training(data, tmp_path, monkeypatch):
-    seen = []
+def test_the_decay_in_a_models_name_reaches_the_training(tmp_path, monkeypatch):
+    seen = {}
 
-    def train(network, data, recipe, seed, **how):
-        seen.append(recipe.block_decay)
-        return {"diverged": None}
+    def optimizers(model, recipe, precision):
+        seen[sum(p.numel() for p in model.parameters())] = recipe.block_decay
+        return made(model, recipe, precision)
 
-    monkeypatch.setattr(TrainUtil, "train", train)
-    how = {"arch": "small", "data": data, "device": torch.device("cpu"), "recipe": TrainUtil.Recipe(), "out": tmp_path}
-    for name in ("rw", "rw:decay=0.1"):
-        Test.train_one(Model.parse(name), 0, **how, accumulate=1)
-    assert seen == [0.0, 0.1]
+    made = TrainUtil.optimizers
+    monkeypatch.setattr(TrainUtil, "optimizers", optimizers)
+    assert Test.main([*SYNTHETIC, "--models", "residual", "rw:decay=0.1", "lr", "--out", str(tmp_path)]) == 0
+    assert [seen[parameters] for parameters in sorted(seen)] == [0.0, 0.1, 0.0]
+
+
+def test_seeds_are_a_number_or_a_range():
+    assert Test.parse(["--out", "x"]).seeds == [0, 1, 2]
+    assert Test.parse(["--out", "x", "--seeds", "2"]).seeds == [0, 1]
+    assert Test.parse(["--out", "x", "--seeds", "100-102"]).seeds == [100, 101, 102]

@@ -6,13 +6,17 @@ import platform
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import TrainUtil
+from comparison.data import Dataset
 from TrainUtil import Muon, Recipe, orthogonalize, train
 
 
@@ -20,10 +24,14 @@ def test_images_grow_in_the_course_of_a_run(data):
     recipe = Recipe(epochs=2, batch_size=100, sizes=((16, 0.3), (24, 0.65), (32, 1.0)))
     net, shapes = network(), []
     net.register_forward_pre_hook(lambda net, args: shapes.append(args[0].shape) if net.training else None)
-    train(net, data.limit(1000), recipe, 0)
+    train_one(net, data.limit(1000), recipe, 0)
     assert shapes == [(100, 3, 16, 16)] * 6 + [(100, 3, 24, 24)] * 7 + [(100, 3, 32, 32)] * 7
-    assert recipe.pixels(1.0) == pytest.approx((6 * 16**2 + 7 * 24**2 + 7 * 32**2) / 20)
-    assert recipe.pixels(0.5) == pytest.approx((6 * 16**2 + 4 * 24**2) / 20)
+    assert recipe.work(0.5) == pytest.approx((6 * 16**2 + 4 * 24**2) / (6 * 16**2 + 7 * 24**2 + 7 * 32**2))
+    assert recipe.work(1.0) == 1.0
+
+
+def train_one(model: nn.Module, *args, **options) -> dict:
+    return train({"residual": model}, *args, **options)["residual"]
 
 
 def network() -> nn.Sequential:
@@ -99,7 +107,7 @@ def test_freed_memory_is_kept_for_the_next_step():
 def test_training_learns_and_repeats_to_the_bit(precision, data):
     recipe = Recipe(epochs=4, batch_size=50)
     models = [network(), network()]
-    results = [train(model, data.limit(1000), recipe, 0, precision=precision) for model in models]
+    results = [train_one(model, data.limit(1000), recipe, 0, precision=precision) for model in models]
     assert results[0]["test_accuracy"] > 0.3
     losses = [entry["train_loss"] for entry in results[0]["history"]]
     assert losses == [entry["train_loss"] for entry in results[1]["history"]]
@@ -110,66 +118,180 @@ def test_training_learns_and_repeats_to_the_bit(precision, data):
 
 def test_training_reports_what_it_did(data):
     reports = []
-    recipe = Recipe(epochs=2, batch_size=100)
-    result = train(
-        network(), data.limit(250), recipe, 0, report=lambda *state: reports.append((*state[:3], len(state[3])))
-    )
-    work = [work for work, _, _, _ in reports]
-    assert work == sorted(work)
-    assert work[-1] == pytest.approx(1.0)
-    assert [(images, epochs) for _, images, _, epochs in reports] == [
-        (100, 0),
-        (200, 0),
-        (200, 1),
-        (300, 1),
-        (400, 1),
-        (400, 2),
-    ]
-    assert result["epochs"] == 2
-    assert [entry["epoch"] for entry in result["history"]] == [1, 2]
-    assert result["test_accuracy"] == result["history"][-1]["test_accuracy"]
-    assert result["train_seconds"] == pytest.approx(sum(entry["seconds"] for entry in result["history"]))
-    assert result["images_per_second"] == pytest.approx(400 / result["train_seconds"])
+
+    def report(work, speed, histories):
+        reports.append((work, speed, {name: len(history) for name, history in histories.items()}))
+
+    models, recipe = {"residual": network(), "rw": network()}, Recipe(epochs=2, batch_size=100)
+    result = train(models, data.limit(250), recipe, 0, report=report)
+    works, speeds, epochs = zip(*reports)
+    assert list(works) == sorted(works)
+    assert works[-1] == pytest.approx(1.0)
+    assert min(speeds) > 0
+    assert list(epochs) == [{"residual": n, "rw": n} for n in (0, 0, 1, 1, 1, 2)]  # two steps and a test an epoch
+    for run in result.values():
+        last = run["history"][-1]
+        assert run["epochs"] == 2
+        assert [entry["epoch"] for entry in run["history"]] == [1, 2]
+        assert (run["test_loss"], run["test_accuracy"]) == (last["test_loss"], last["test_accuracy"])
+        assert run["train_seconds"] == pytest.approx(sum(entry["seconds"] for entry in run["history"]))
+        assert run["images_per_second"] == pytest.approx(400 / run["train_seconds"])
+
+
+def test_losses_are_plain_cross_entropies(data):
+    """The training loss is the mean over the epoch's batches; with a learning rate of 0 that over its images."""
+    model, recipe = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)), Recipe(epochs=1, batch_size=50, lr=0.0)
+    recipe = replace(recipe, sizes=((32, 1.0),), label_smoothing=0.5)
+    result = train_one(model, data.limit(200), recipe, 0, accumulate=3)
+    with torch.no_grad():
+        (x, y), (tested, labels) = next(data.limit(200).batches(0, 0, 200, 2)), next(data.test_batches(1000))
+        expected = {"train_loss": F.cross_entropy(model(x), y), "test_loss": F.cross_entropy(model(tested), labels)}
+        expected["test_accuracy"] = (model(tested).argmax(dim=1) == labels).float().mean()
+    for name, value in expected.items():
+        assert result["history"][0][name] == pytest.approx(value.item(), rel=1e-5)
+
+
+def test_a_models_numbers_do_not_depend_on_the_others(data):
+    """To the bit, and not on one that leaves either."""
+    recipe, results, digests = Recipe(epochs=3, batch_size=50), [], []
+    for others in ((), ("bad", "rw"), ("rw",)):
+        models = {**{name: network() for name in others}, "residual": network()}
+        if "bad" in models:
+            calls = []
+            bad = models["bad"][5].weight
+            bad.register_hook(lambda grad, calls=calls: calls.append(1) or (math.inf if len(calls) == 9 else 1) * grad)
+        if "rw" in models:
+            nn.init.normal_(models["rw"][5].weight)
+        result = train(models, data.limit(400), recipe, 0)
+        results.append([{**entry, "seconds": 0} for entry in result["residual"]["history"]])
+        digests.append(TrainUtil.digest(models["residual"]))
+        if "bad" in models:
+            assert result["bad"]["diverged"] == len(result["bad"]["history"]) == 2
+            assert result["rw"]["diverged"] is None
+    assert results[0] == results[1] == results[2]
+    assert len(set(digests)) == 1
+
+
+def test_each_batch_is_made_once_and_taken_in_turns(data, monkeypatch):
+    order, made = [], []
+
+    def recording(self, *args):
+        for batch in batches(self, *args):
+            made.append(batch)
+            yield batch
+
+    batches = Dataset.batches
+    monkeypatch.setattr(Dataset, "batches", recording)
+    models = {name: network() for name in "ABC"}
+    for name, model in models.items():
+        model.register_forward_pre_hook(
+            lambda m, args, name=name: order.append((name, args[0])) if m.training else None
+        )
+    train(models, data.limit(200), Recipe(epochs=1, batch_size=50, sizes=((32, 1.0),)), 0)
+    assert "".join(name for name, _ in order) == "ABCBCACABABC"
+    assert len(made) == 4
+    for i, (_, x) in enumerate(order):
+        assert x.data_ptr() == made[i // 3][0].data_ptr()
+
+
+def test_the_fields_of_a_recipe_may_be_a_models_own(data):
+    models = {name: network() for name in ("a", "b", "c")}
+    train(models, data.limit(100), Recipe(epochs=1, batch_size=50), 0, own={"b": {"lr": 0.02}, "c": {"lr": 0.01}})
+    digests = [TrainUtil.digest(model) for model in models.values()]
+    assert digests[0] == digests[2] != digests[1]
 
 
 @pytest.mark.parametrize("stop", [1, 2, 4])
 def test_training_goes_on_from_a_checkpoint_to_the_same_bits(stop, data, tmp_path):
     """Stopped in an epoch or after the last one."""
     recipe, data = Recipe(epochs=4, batch_size=50), data.limit(500)
-    expected_model = network()
-    expected = train(expected_model, data, recipe, 0)
 
-    def interrupt(work, images, seconds, history):
-        if len(history) == stop and (images > 500 * stop or stop == 4):
+    def models() -> dict[str, nn.Module]:
+        other = network()
+        nn.init.ones_(other[5].weight)
+        return {"residual": network(), "rw": other}
+
+    expected_models = models()
+    expected = train(expected_models, data, recipe, 0)
+
+    def interrupt(work, speed, histories):
+        if len(histories["rw"]) == stop and (work > recipe.work(stop / 4) or stop == 4):
             raise KeyboardInterrupt
 
     path = tmp_path / "checkpoint.pt"
     with pytest.raises(KeyboardInterrupt):
-        train(network(), data, recipe, 0, checkpoint=path, report=interrupt)
-    model, trained_on = network(), []
-    result = train(model, data, recipe, 0, checkpoint=path, report=lambda *state: trained_on.append(state[1]))
-    assert all(images > 500 * stop for images in trained_on)
-    for key in ("train_loss", "test_accuracy", "epoch"):
-        assert [entry[key] for entry in result["history"]] == [entry[key] for entry in expected["history"]]
-    assert result["images_per_second"] == pytest.approx(2000 / result["train_seconds"])
-    assert TrainUtil.digest(model) == TrainUtil.digest(expected_model)
+        train(models(), data, recipe, 0, checkpoint=path, report=interrupt)
+    trained, done = models(), []
+    result = train(trained, data, recipe, 0, checkpoint=path, report=lambda work, *_: done.append(work))
+    assert all(work > recipe.work(stop / 4) for work in done)
+    for name, run in result.items():
+        for key in ("train_loss", "test_loss", "test_accuracy", "epoch"):
+            assert [entry[key] for entry in run["history"]] == [entry[key] for entry in expected[name]["history"]]
+        assert run["images_per_second"] == pytest.approx(2000 / run["train_seconds"])
+        assert TrainUtil.digest(trained[name]) == TrainUtil.digest(expected_models[name])
+
+
+def test_a_step_ratio_is_the_median_over_all_steps_of_resumed_training_too(data, tmp_path, monkeypatch):
+    """With a clock that each model's step moves by its own time, and other work by far more."""
+    clock = [0.0]
+    monkeypatch.setattr("comparison.device.time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    step = TrainUtil.Trainee.step
+
+    def timed(self, *args):
+        calls.append(1)
+        slow = 10 if (len(calls) - 1) // 2 % 3 == 0 else 1  # other work, in every third batch
+        clock[0] += slow * (1.25 if self.model is models["rw"] else 1.0)
+        return step(self, *args)
+
+    def interrupt(work, speed, histories):
+        clock[0] += 100  # what is not a step
+        if len(histories["rw"]) == 1 and not resumed:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(TrainUtil.Trainee, "step", timed)
+    calls, resumed, path = [], False, tmp_path / "checkpoint.pt"
+    how = {"checkpoint": path, "report": interrupt}
+    models = {"residual": network(), "rw": network()}
+    with pytest.raises(KeyboardInterrupt):
+        train(models, data.limit(400), Recipe(epochs=2, batch_size=50), 0, **how)
+    models, resumed = {"residual": network(), "rw": network()}, True
+    result = train(models, data.limit(400), Recipe(epochs=2, batch_size=50), 0, **how)
+    assert result["rw"]["step_ratio"] == pytest.approx(1.25)
+    assert result["rw"]["step_ratio_quartiles"] == pytest.approx([1.25, 1.25])
+    assert result["residual"]["step_ratio"] == 1.0
+    assert result["rw"]["train_seconds"] < 16 * 12.5 < 16 * 100
+    alone = train({"rw": network()}, data.limit(400), Recipe(epochs=1, batch_size=50), 0)["rw"]
+    assert alone["step_ratio"] is alone["step_ratio_quartiles"] is None
+
+
+def restore_from(path: Path, **models: nn.Module) -> dict[str, TrainUtil.Trainee]:
+    trainees = {name: TrainUtil.Trainee(model, model, Recipe(), 10, "float32") for name, model in models.items()}
+    TrainUtil.restore(path, trainees)
+    return trainees
 
 
 def test_a_checkpoint_that_does_not_fit_leaves_all_parts_as_they_were(data, tmp_path, capsys):
     path = tmp_path / "checkpoint.pt"
-    train(network(), data.limit(100), Recipe(epochs=1, batch_size=100), 0, checkpoint=path)
+    train({"a": network(), "b": network()}, data.limit(100), Recipe(epochs=1, batch_size=100), 0, checkpoint=path)
     state = torch.load(io.BytesIO(path.read_bytes()[32:]), weights_only=True)
-    state["parts"][1]["param_groups"] = []  # the first part fits, the second does not
+    state["b"]["parts"][1]["param_groups"] = []  # the first model fits, and the first part of the second
     buffer = io.BytesIO()
     torch.save(state, buffer)
     path.write_bytes(hashlib.sha256(buffer.getvalue()).digest() + buffer.getvalue())
-    parts = [network(), *TrainUtil.optimizers(network(), Recipe())]
-    before = TrainUtil.digest(parts[0])
-    assert TrainUtil.restore(path, parts) == []
-    assert TrainUtil.digest(parts[0]) == before
+    trainees = restore_from(path, a=network(), b=network())
+    for trainee in trainees.values():
+        assert TrainUtil.digest(trainee.model) == TrainUtil.digest(network())
+        assert trainee.history == trainee.seconds == []
     assert str(path) in capsys.readouterr().err
     assert not path.exists()
     assert path.with_suffix(".damaged").exists()
+
+
+def test_a_checkpoint_of_other_models_is_set_aside(data, tmp_path, capsys):
+    path = tmp_path / "checkpoint.pt"
+    train({"a": network()}, data.limit(100), Recipe(epochs=1, batch_size=100), 0, checkpoint=path)
+    assert restore_from(path, b=network())["b"].history == []
+    assert "it is of a" in capsys.readouterr().err
 
 
 def test_a_checkpoint_is_not_given_up_for_lack_of_memory(data, tmp_path, monkeypatch):
@@ -178,11 +300,11 @@ def test_a_checkpoint_is_not_given_up_for_lack_of_memory(data, tmp_path, monkeyp
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     path = tmp_path / "checkpoint.pt"
-    train(network(), data.limit(100), Recipe(epochs=1, batch_size=100), 0, checkpoint=path)
+    train_one(network(), data.limit(100), Recipe(epochs=1, batch_size=100), 0, checkpoint=path)
     content = path.read_bytes()
     monkeypatch.setattr(nn.Module, "load_state_dict", load_state_dict)
     with pytest.raises(torch.OutOfMemoryError):
-        train(network(), data.limit(100), Recipe(epochs=2, batch_size=100), 0, checkpoint=path)
+        train_one(network(), data.limit(100), Recipe(epochs=2, batch_size=100), 0, checkpoint=path)
     assert path.read_bytes() == content
 
 
@@ -199,12 +321,12 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_recorded(data, tmp_path):
     calls = []
     model[5].weight.register_hook(lambda grad: calls.append(1) or (grad * math.inf if len(calls) == 7 else grad))
     recipe, path = Recipe(epochs=4, batch_size=100), tmp_path / "checkpoint.pt"
-    result = train(model, data.limit(500), recipe, 0, checkpoint=path)
+    result = train_one(model, data.limit(500), recipe, 0, checkpoint=path)
     assert result["diverged"] == result["epochs"] == len(result["history"]) == 2
     assert result["history"][0]["train_loss"] > 0
-    assert result["history"][1]["train_loss"] is None
+    assert result["history"][1]["train_loss"] is result["test_loss"] is None
     json.dumps(result, allow_nan=False)
-    again = train(network(), data.limit(500), recipe, 0, checkpoint=path)
+    again = train_one(network(), data.limit(500), recipe, 0, checkpoint=path)
     assert again["history"] == result["history"]
 
 
@@ -221,7 +343,7 @@ def test_warming_up_leaves_the_model_as_it_was(data):
 def test_compiling_changes_no_starting_point_and_is_timed_apart(data):
     recipe = Recipe(epochs=2, batch_size=100)
     data = data.limit(300)
-    results = [train(network(), data, recipe, 0, compile=compile) for compile in (False, True)]
+    results = [train_one(network(), data, recipe, 0, compile=compile) for compile in (False, True)]
     assert results[0]["compile_seconds"] == 0 < results[1]["compile_seconds"]
     for a, b in zip(*(result["history"] for result in results)):
         assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-2)
@@ -238,7 +360,9 @@ def test_evaluate_counts_the_right_answers(data):
     for wrong in (0, 7):
         model.seen, labels = 0, data.test_labels.long()
         labels[:wrong] = (labels[:wrong] + 1) % 10
-        assert TrainUtil.evaluate(model, data, batch_size=300) == pytest.approx(1 - wrong / 1000)
+        assert TrainUtil.evaluate({"": model}, data, batch_size=300)[""]["test_accuracy"] == pytest.approx(
+            1 - wrong / 1000
+        )
 
 
 class Around(nn.Module):
@@ -272,5 +396,5 @@ def test_every_parameter_is_in_one_group_whatever_blocks_are_called():
 def test_evaluating_changes_nothing(data):
     model = network().train()
     before = TrainUtil.digest(model)
-    TrainUtil.evaluate(model, data)
+    TrainUtil.evaluate({"": model}, data)
     assert TrainUtil.digest(model) == before

@@ -1,43 +1,19 @@
 import contextlib
 import io
 import os
-import re
 import subprocess
 import sys
 
 import pytest
 import rich
 from rich.console import Console
-from script import POSIX, ROOT, SYNTHETIC
+from script import ROOT
 
 import Test
 from comparison import console
-from comparison.console import Monitor, print_table
+from comparison.console import print_table
 from comparison.report import table
 from comparison.study import Study
-
-EPOCH = {"train_loss": 1.0, "test_accuracy": 0.5}
-
-
-def test_plain_lines_where_the_output_is_no_terminal(finished):
-    lines = [line for line in finished[0].stdout.splitlines() if line.startswith("[")]
-    assert len(lines) == 6
-    assert re.fullmatch(
-        r"\[2/6\] rw, seed 0, epoch 1/1, loss \d+\.\d+, accuracy \d+\.\d+ %, \d+ images/s, \d+:\d\d min left", lines[1]
-    )
-    assert "0:00 min left" in lines[-1]
-    assert "\x1b" not in finished[0].stdout
-
-
-def test_the_time_left_is_that_of_what_this_process_has_done(capsys):
-    """What a resumed run had done before says nothing of the speed."""
-    for resumed, expected in ((False, "1:00 min left"), (True, "0:50 min left")):
-        monitor, clock = Monitor(["residual, seed 0"], [False], 4), [0.0]
-        monitor.bar.get_time = lambda clock=clock: clock[0]
-        reports = [(0, 0.25, 1), (10, 0.3, 1), (30, 0.5, 2)] if resumed else [(0, 0.25, 0), (30, 0.5, 1)]
-        for clock[0], work, epochs in reports:
-            monitor.report(0, work, 100, 1.0, [EPOCH] * epochs)
-        assert expected in capsys.readouterr().out
 
 
 def shown(width: int, **content) -> str:
@@ -86,33 +62,6 @@ def test_every_text_of_the_script_has_a_spelling(encoding, finished):
         assert b"?" not in text.encode(encoding, errors="spell")
 
 
-def in_terminal(*options: str, **environment: str) -> str:
-    """What a terminal of 80 columns gets."""
-    pty = pytest.importorskip("pty")
-    main, end = pty.openpty()
-    command = [sys.executable, ROOT / "Test.py", *options]
-    variables = {**os.environ, "COLUMNS": "80", "TERM": "xterm", **environment}
-    process = subprocess.Popen(command, stdin=end, stdout=end, stderr=end, env=variables)
-    os.close(end)
-    text = b""
-    try:
-        while part := os.read(main, 4096):
-            text += part
-    except OSError:  # Linux's way to say that the other end is closed
-        pass
-    assert process.wait() == 0, text
-    return text.decode()
-
-
-@pytest.mark.slow
-@POSIX
-def test_a_terminal_has_a_live_line_of_which_nothing_is_cut(tmp_path):
-    live = in_terminal(*SYNTHETIC, "--models", "residual", "--out", str(tmp_path))
-    assert "\x1b[2K" in live
-    assert "images/s" in live
-    assert "…" not in live
-
-
 @pytest.mark.parametrize(
     ("tty", "variables", "expected"),
     [
@@ -129,13 +78,11 @@ def test_only_a_terminal_that_can_show_it_gets_a_live_line(tty, variables, expec
     monkeypatch.setattr(sys.stdout, "isatty", lambda: tty, raising=False)
     console.set_up_output(quiet=False)
     try:
-        assert Monitor([""], [False], 1).bar.disable == (not expected)
-        monitor = Monitor(["residual"], [False], 1)
-        monitor.report(0, 0.5, 1, 1.0, [])
-        monitor.report(0, 1.0, 1, 1.0, [EPOCH])
-        printed = capsys.readouterr().out
-        assert ("epoch 1/1, loss" in printed) == (not expected)
-        assert "\x1b" not in printed
+        bar = console.progress()
+        assert bar.disable == (not expected)
+        with bar:
+            pass
+        assert ("\x1b" in capsys.readouterr().out) == expected
     finally:
         monkeypatch.undo()
         console.set_up_output(quiet=False)

@@ -27,13 +27,13 @@ def test_a_batch_in_parts_has_the_gradient_of_the_whole(data):
     recipe, states = Recipe(epochs=2, batch_size=100), []
     for accumulate in (1, 3, 100):
         net = small_network(norm=False)
-        done = train(net, data.limit(200), recipe, 0, accumulate=accumulate)
+        done = train({"": net}, data.limit(200), recipe, 0, accumulate=accumulate)[""]
         states.append((net.state_dict(), [entry["train_loss"] for entry in done["history"]]))
     for state, losses in states[1:]:
         torch.testing.assert_close(losses, states[0][1], rtol=1e-5, atol=0)
         torch.testing.assert_close(state, states[0][0], rtol=1e-3, atol=1e-4)
     with pytest.raises(UserError, match="an image for each process, got 100 images a batch in 101 parts"):
-        train(small_network(norm=False), data.limit(200), recipe, 0, accumulate=101)
+        train({"": small_network(norm=False)}, data.limit(200), recipe, 0, accumulate=101)
 
 
 SIZES = [(200, 50, 1), (99, 33, 1), (200, 50, 2), (99, 33, 2)]  # images, batch, parts
@@ -55,9 +55,9 @@ def train_with_others(rank: int, world: int, folder: str) -> None:
         for norm, images, batch, accumulate in SETTINGS:
             network, *others = setting(norm, images, batch)
             path = Path(folder) / f"{rank}, {norm}, {images}, {accumulate}.pt"
-            result = train(network, *others, compile=True, accumulate=accumulate, checkpoint=path)
-            results[norm, images, batch, accumulate] = result, network.state_dict(), path.exists()
-            del network
+            models = {"residual": network, "other": copy.deepcopy(network)}
+            result = train(models, *others, compile=True, accumulate=accumulate, checkpoint=path)
+            results[norm, images, batch, accumulate] = result["other"], models["other"].state_dict(), path.exists()
     torch.save(results, Path(folder) / f"result{rank}")
     leave(0)
 
@@ -77,14 +77,15 @@ def test_two_processes_train_as_one_with_the_whole_batch(norm_and_sizes, in_two_
     """Batches of odd size too. In parts the curve is another with batch norm, which has the statistics of each part."""
     (first, state, written), (second, other, written_too) = (results[norm_and_sizes] for results in in_two_processes)
     torch.testing.assert_close(other, state, rtol=0, atol=0)  # the processes agree to the bit
-    assert [e["test_accuracy"] for e in second["history"]] == [e["test_accuracy"] for e in first["history"]]
+    for key in ("train_loss", "test_loss", "test_accuracy"):
+        assert [e[key] for e in second["history"]] == [e[key] for e in first["history"]]
     assert (written, written_too) == (True, False)  # only the first one writes
     norm, images, batch, accumulate = norm_and_sizes
     if norm and accumulate > 1:
         return
     network, *others = setting(norm, images, batch)
-    one = train(network, *others)
-    losses = ([entry["train_loss"] for entry in run["history"]] for run in (first, one))
+    one = train({"": network}, *others)[""]
+    losses = ([[entry["train_loss"], entry["test_loss"]] for entry in run["history"]] for run in (first, one))
     torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
     assert state.keys() == network.state_dict().keys()
     torch.testing.assert_close(state, network.state_dict(), rtol=1e-3, atol=1e-4)

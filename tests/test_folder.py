@@ -37,7 +37,7 @@ def test_an_image_folder_is_trained_on(images):
     assert (data.train_size, data.test_size) == (32, 16)
     net = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2))
     recipe = Recipe(epochs=8, batch_size=8, lr=0.1, sizes=((32, 1.0),))
-    history = train(net, data, recipe, 0)["history"]
+    history = train({"": net}, data, recipe, 0)[""]["history"]
     assert history[-1]["train_loss"] < history[0]["train_loss"] - 0.1
     assert history[-1]["test_accuracy"] == 1
     assert data.hold_out(8).limit(12).train_size == 12

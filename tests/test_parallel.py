@@ -10,57 +10,96 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from script import ROOT, STUDY, SYNTHETIC, numbers, results, run
+from script import POSIX, ROOT, STUDY, SYNTHETIC, numbers, results, run, start, wait_for
 
 import Test
+from comparison.study import Study
 
 pytestmark = pytest.mark.slow  # they start many processes
 
+LONG = (*STUDY, "--epochs", "8")
 
-def test_runs_side_by_side_give_the_numbers_of_one_after_the_other(tmp_path):
-    options = [*SYNTHETIC, "--models", "residual", "pa", "--seeds", "2", "--threads", "1"]
-    assert Test.main([*options, "--out", str(tmp_path / "1")]) == 0
-    done = run(*options, "--parallel", "2", "--out", str(tmp_path / "2"))
+
+@pytest.fixture(scope="module")
+def long(tmp_path_factory) -> list[dict]:
+    out = tmp_path_factory.mktemp("long")
+    assert Test.main([*LONG, "--out", str(out)]) == 0
+    return numbers(out)
+
+
+def progress(out: Path, seed: int) -> dict:
+    return Study(out, {}).progress(seed)
+
+
+def test_processes_that_share_a_study_give_the_numbers_of_one(long, tmp_path):
+    done = run(*LONG, "--parallel", "2", "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr
-    assert len(re.findall(r"^\[[1-4]/4\] .* epoch 1/1", done.stdout, flags=re.MULTILINE)) == 4
-    assert "2 runs at a time" in done.stdout
-    for mine, theirs in zip(results(tmp_path / "2"), results(tmp_path / "1"), strict=True):
-        for key in ("model", "seed", "test_accuracy", "learned", "weights_sha256"):
-            assert mine[key] == theirs[key]
-        assert mine["history"][0]["train_loss"] == theirs["history"][0]["train_loss"]
+    assert done.stderr == ""
+    assert numbers(tmp_path) == long
+    seen = set(re.findall(r"^\[\d/2\] seed (\d), epoch ", done.stdout, flags=re.MULTILINE))
+    assert seen == {"0", "1"}  # of the other process too
+    assert not (tmp_path / "checkpoints").exists()
 
 
-def processes_of(parent: int) -> list[int]:
-    """The training processes of one with --parallel."""
+@POSIX
+def test_the_same_command_started_twice_shares_the_work(long, tmp_path):
+    processes = [start(*LONG, "--out", str(tmp_path), output=tmp_path / name) for name in ("first", "second")]
+    wait_for(lambda: progress(tmp_path, 0) and progress(tmp_path, 1))  # both at once: each has one
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert numbers(tmp_path) == long
+    for name in ("first", "second"):
+        text = (tmp_path / name).read_text()
+        assert re.search(r"^\| rw\+lr\+pa@4/2 ", text, flags=re.MULTILINE)  # both end with the whole table
+        assert "of 2 seeds" not in text.rpartition("| model")[2]
+
+
+@POSIX
+def test_a_killed_process_leaves_a_seed_that_another_one_goes_on_with(long, tmp_path):
+    first = start(*LONG, "--out", str(tmp_path), output=tmp_path / "first")
+    wait_for(lambda: progress(tmp_path, 0).get("tested"))
+    second = start(*LONG, "--out", str(tmp_path), output=tmp_path / "second")
+    wait_for(lambda: progress(tmp_path, 1).get("tested"))
+    first.kill()
+    first.join()
+    assert progress(tmp_path, 0)["tested"] < 8
+    second.join()
+    assert second.exitcode == 0
+    assert numbers(tmp_path) == long
+    text = (tmp_path / "second").read_text()
+    after = text.rpartition("seed 1, epoch 8/8")[2]
+    assert "seed 0, epoch 8/8" in after
+    assert "seed 0, epoch 1/8" not in after  # from its checkpoint
+
+
+def helpers_of(parent: int) -> list[int]:
+    """The further processes of one with --parallel."""
     found = []
     for path in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
             if int((path / "stat").read_text().rpartition(")")[2].split()[1]) == parent:
-                found += [int(path.name)] * (b"spawn_main" in (path / "cmdline").read_bytes())
+                found += [int(path.name)] * (b"Test.py" in (path / "cmdline").read_bytes())
     return found
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
-@pytest.mark.parametrize("victim", ["parent", "worker"])
-def test_side_by_side_killed_processes_take_nothing_with_them(victim, uninterrupted, tmp_path):
-    options = (*STUDY, "--parallel", "2", "--out", str(tmp_path))
-    command = [sys.executable, str(ROOT / "Test.py"), *options]
+@pytest.mark.parametrize("victim", ["parent", "helper"])
+def test_killed_processes_take_nothing_with_them(victim, long, tmp_path):
+    command = [sys.executable, str(ROOT / "Test.py"), *LONG, "--parallel", "2", "--out", str(tmp_path)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    process.stdout.readline()
-    workers = processes_of(process.pid)
-    assert len(workers) == 2
-    os.kill(process.pid if victim == "parent" else workers[0], signal.SIGKILL)
-    _, stderr = process.communicate(timeout=60)
-    if victim == "worker":
-        assert process.returncode == 1
-        assert "was killed" in stderr
+    wait_for(lambda: progress(tmp_path, 0) and progress(tmp_path, 1))
+    helpers = helpers_of(process.pid)
+    assert len(helpers) == 1
+    os.kill(process.pid if victim == "parent" else helpers[0], signal.SIGKILL)
+    _, stderr = process.communicate(timeout=120)
+    if victim == "helper":
+        assert process.returncode == 0  # it did the other's work
+        assert "SIGKILL" in stderr
         assert "Traceback" not in stderr
-    deadline = time.monotonic() + 10
-    while any(Path(f"/proc/{pid}").exists() for pid in workers) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
-    assert Test.main([*STUDY, "--out", str(tmp_path)]) == 0  # by itself
-    assert numbers(tmp_path) == uninterrupted
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in helpers))
+    assert Test.main([*LONG, "--out", str(tmp_path)]) == 0
+    assert numbers(tmp_path) == long
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
@@ -74,8 +113,9 @@ def test_interrupting_keeps_what_has_finished(parallel, tmp_path):
     process = subprocess.Popen(command, preexec_fn=heed, start_new_session=True, **pipes)
     try:
         deadline = time.monotonic() + 120
-        while not ((out / "results.json").exists() and numbers(out)) and time.monotonic() < deadline:
+        while not ((out / "results.json").exists() and len(numbers(out)) > 4) and time.monotonic() < deadline:
             time.sleep(0.1)
+        helpers = helpers_of(process.pid)
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does
         stdout, stderr = process.communicate(timeout=60)
     finally:
@@ -85,4 +125,27 @@ def test_interrupting_keeps_what_has_finished(parallel, tmp_path):
     assert f"{len(runs)} runs have finished" in stderr
     assert "Traceback" not in stderr
     assert f"| {runs[0]['model']} " in stdout
+    assert "[" in stdout.rpartition("| rw ")[2]  # an interval
     assert {"accuracy.png", "results.csv", "results.json"} <= {path.name for path in out.iterdir()}
+    assert not any(Path(f"/proc/{pid}").exists() for pid in helpers)
+
+
+def test_models_that_are_added_wait_for_what_was_begun(tmp_path, monkeypatch):
+    """A seed goes on with the models that it was begun with, and then with the others."""
+    report = Study.report
+
+    def stop(study, seed, progress):
+        report(study, seed, progress)
+        if progress["tested"] == 2:
+            raise KeyboardInterrupt
+
+    options = [*STUDY, "--seeds", "1", "--out", str(tmp_path)]
+    with monkeypatch.context() as patch:
+        patch.setattr(Study, "report", stop)
+        assert Test.main(options) == 130
+    assert results(tmp_path) == []
+    assert Test.main([*options, "--models", "rw", "residual"]) == 0
+    runs = {run["model"]: run for run in results(tmp_path)}
+    assert list(runs) == ["residual", "rw+lr+pa@4/2", "rw"]
+    assert runs["rw+lr+pa@4/2"]["step_ratio"] > 0
+    assert runs["rw"]["step_ratio"] is None

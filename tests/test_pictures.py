@@ -8,7 +8,7 @@ from script import CONFIG, PICTURES, ROOT, run, runs_of
 
 import Test
 from comparison.pictures import figures
-from comparison.report import summarize
+from comparison.report import MEASURES, summarize
 from comparison.study import CONFIG_FIELDS, EPOCH_FIELDS, RUN_FIELDS
 
 STORED = sorted(path.parent for path in (ROOT / "results").glob("*/results.json"))
@@ -31,28 +31,43 @@ def test_every_stored_study_can_be_drawn_again_from_its_file_alone(study, tmp_pa
 def test_pictures_show_the_numbers_of_the_table():
     """Rows of a forest plot, points and intervals; curves with their means; axes with units."""
     base, rw = [0.870, 0.872, 0.868], [0.881, 0.882, 0.876]
-    history = [[{"seconds": 2.0, "test_accuracy": a - 0.1}, {"seconds": 3.0, "test_accuracy": a}] for a in base + rw]
+    losses = [{"test_loss": 1 - a, "train_loss": 2 - 3 * a} for a in base + rw]
+    history = [
+        [
+            {"seconds": 2.0, "test_accuracy": loss["test_loss"] - 0.1, **loss},
+            {"seconds": 3.0, "test_accuracy": a, **loss},
+        ]
+        for a, loss in zip(base + rw, losses)
+    ]
     values = [{}] * 3 + [
         {"alpha": {"1.1": a}, "beta": {"1.1": 2 - a}, "gamma[0]": {"1.1": 5.0}} for a in (1.0, 1.1, 1.2)
     ]
     runs = runs_of({"residual": base, "rw": rw})
     runs = [{**run, "history": h, "learned": v} for run, h, v in zip(runs, history, values)]
     runs[3]["parameters"] = runs[4]["parameters"] = runs[5]["parameters"] = 110
-    drawn = figures({**CONFIG, "seeds": 3}, runs)
+    drawn = figures({**CONFIG, "seeds": [0, 1, 2]}, runs)
     assert list(drawn) == list(PICTURES)
-    accuracy, differences, parameters, learned = (figure.axes for figure in drawn.values())
+    accuracy, curves, differences, parameters, learned = (figure.axes for figure in drawn.values())
     assert accuracy[0].get_xlabel() == "training time (s)"
     assert accuracy[0].get_ylabel() == "test accuracy (%)"
     lines = {line.get_label(): line for line in accuracy[0].lines}
     assert list(lines["rw"].get_xdata()) == [2.0, 5.0]
-    assert lines["rw"].get_ydata() == pytest.approx([100 * (sum(rw) / 3 - 0.1), 100 * sum(rw) / 3])
+    assert lines["rw"].get_ydata() == pytest.approx([100 * (0.9 - sum(rw) / 3), 100 * sum(rw) / 3])
     assert len({(line.get_marker(), line.get_linestyle()) for line in lines.values()}) == 2
     entry = summarize(runs)[1]
-    (bar,) = differences[0].collections
-    (segment,) = bar.get_segments()
-    assert segment[:, 0] == pytest.approx(entry["interval"])
-    assert [text.get_text() for text in differences[0].get_yticklabels()] == ["rw"]
-    assert "percentage points" in differences[0].get_xlabel()
+    for panel, factor in zip(curves, (3, 1), strict=True):  # training loss, test loss
+        (band,) = panel.collections
+        low, high = entry["test_loss"]["interval"]
+        assert panel.lines[0].get_ydata() == pytest.approx([factor * (low + high) / 2] * 2)
+        heights = band.get_paths()[0].vertices[:, 1]
+        assert (heights.min(), heights.max()) == pytest.approx((factor * low, factor * high))
+    assert "training loss" in curves[0].get_ylabel()
+    for panel, measure in zip(differences, MEASURES, strict=True):
+        (bar,) = panel.collections
+        (segment,) = bar.get_segments()
+        assert segment[:, 0] == pytest.approx(entry[measure.field]["interval"])
+        assert [text.get_text() for text in panel.get_yticklabels()] == ["rw"]
+        assert measure.name in panel.get_xlabel()
     assert parameters[0].get_xlabel() == "parameters added to those of residual"
     assert 100.0 in [line.get_xdata()[0] for line in parameters[0].lines]
     alpha, beta, heat = learned[:3]

@@ -1,4 +1,4 @@
-"""airbench94's network and recipe on the data, augmentation and evaluation of TrainUtil, to set times side by side.
+"""airbench94's network and recipe on the script's data, augmentation and evaluation, to set times side by side.
 
     python results/airbench94/airbench94.py [EPOCHS [DATA_DIR]]
 
@@ -16,11 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.datasets import CIFAR10
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT, BATCH = Path(__file__).resolve().parents[2], 500
 sys.path.insert(0, str(ROOT))
 
-import Test  # noqa: E402
-import TrainUtil  # noqa: E402
+from comparison.data import Dataset  # noqa: E402
+from comparison.device import autocast, default_precision, device_name, keep_memory  # noqa: E402
+from comparison.networks import whitening_filters  # noqa: E402
+from comparison.sources import load_cifar  # noqa: E402
+from TrainUtil import evaluate  # noqa: E402
 
 
 def convolution(channels: int, width: int) -> nn.Conv2d:
@@ -46,9 +49,9 @@ class Scale(nn.Module):
         return x / 9
 
 
-def network(images: Tensor) -> nn.Sequential:
+def network(data: Dataset) -> nn.Sequential:
     whitening = nn.Conv2d(3, 24, 2)
-    whitening.weight = nn.Parameter(Test.whitening_filters(images, 24), requires_grad=False)
+    whitening.weight = nn.Parameter(whitening_filters(data, axes=12), requires_grad=False)
     nn.init.zeros_(whitening.bias)
     groups = [layer for sizes in ((24, 64), (64, 256), (256, 256)) for layer in group(*sizes)]
     head = [nn.MaxPool2d(3), nn.Flatten(), nn.Linear(256, 10, bias=False), Scale()]
@@ -69,14 +72,14 @@ def optimizer(model: nn.Module, batch_size: int) -> torch.optim.SGD:
 
 
 def main(epochs: int, data_dir: Path) -> None:
-    TrainUtil.keep_memory()
+    keep_memory()
     torch.manual_seed(0)
-    data = TrainUtil.load_cifar(CIFAR10, data_dir)
-    device, precision = torch.device("cpu"), TrainUtil.default_precision(torch.device("cpu"))
-    recipe = TrainUtil.Recipe(epochs=epochs, sizes=((32, 1.0),))
-    model = network(data.train_images).to(memory_format=torch.channels_last)
-    opt = optimizer(model, recipe.batch_size)
-    total, done, seconds, history = epochs * recipe.steps_per_epoch(len(data.train_labels)), 0, 0.0, []
+    data = load_cifar(CIFAR10, data_dir)
+    device = torch.device("cpu")
+    precision = default_precision(device)
+    model = network(data).to(memory_format=torch.channels_last)
+    opt = optimizer(model, BATCH)
+    total, done, seconds, history = epochs * (data.train_size // BATCH), 0, 0.0, []
     # From 0.2 up to 1 at 23 % of the steps, then down to 0.07; the averages of Lookahead, every five steps.
     points = torch.tensor([0.0, 0.23 * total, total])
 
@@ -99,8 +102,8 @@ def main(epochs: int, data_dir: Path) -> None:
         model.train()
         model[0].bias.requires_grad = epoch < 3
         start = time.perf_counter()
-        for x, y in data.batches(recipe, 0, epoch):
-            with TrainUtil.autocast(device, precision):
+        for x, y in data.batches(0, epoch, BATCH, max_shift=2):
+            with autocast(device, precision):
                 logits = model(x)
             F.cross_entropy(logits.float(), y, label_smoothing=0.2, reduction="sum").backward()
             opt.step()
@@ -112,11 +115,9 @@ def main(epochs: int, data_dir: Path) -> None:
         if epoch == epochs - 1:
             look_ahead(1.0)
         seconds += time.perf_counter() - start
-        history.append(
-            {"epoch": epoch + 1, "test_accuracy": TrainUtil.evaluate(model, data, precision), "seconds": seconds}
-        )
+        history.append({"epoch": epoch + 1, **evaluate({"": model}, data, precision)[""], "seconds": seconds})
         print(f"epoch {epoch + 1}: {100 * history[-1]['test_accuracy']:.2f} % after {seconds:.1f} s", flush=True)
-    config = {"epochs": epochs, "precision": precision, "device_name": TrainUtil.device_name(device)}
+    config = {"epochs": epochs, "precision": precision, "device_name": device_name(device)}
     results = {"config": {**config, "torch": torch.__version__}, "history": history}
     (Path(__file__).parent / f"{epochs}-epochs.json").write_text(json.dumps(results, indent=2) + "\n")
 

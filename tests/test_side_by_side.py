@@ -1,0 +1,60 @@
+import multiprocessing
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from comparison.data import synthetic
+from comparison.device import cores
+from comparison.models import Model
+from comparison.networks import SmallCNN
+from TrainUtil import Recipe, train
+
+pytestmark = pytest.mark.slow
+
+
+def take_a_core(on: multiprocessing.synchronize.Event) -> None:
+    torch.set_num_threads(1)
+    matrix = torch.randn(512, 512)
+    while True:
+        on.wait()
+        torch.mm(matrix, matrix)
+
+
+@contextmanager
+def other_work() -> Iterator[multiprocessing.synchronize.Event]:
+    """A process a core, that work while the event is set."""
+    context = multiprocessing.get_context("spawn")
+    on = context.Event()
+    processes = [context.Process(target=take_a_core, args=(on,), daemon=True) for _ in range(cores())]
+    for process in processes:
+        process.start()
+    time.sleep(5)  # until they have imported torch
+    try:
+        yield on
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def step_ratios(on: multiprocessing.synchronize.Event, loaded: bool) -> dict[str, dict]:
+    data = synthetic()
+    models = {
+        name: SmallCNN(Model.parse(name.partition(" ")[0]), 0, data) for name in ("residual", "residual again", "rw")
+    }
+
+    def report(work: float, *_: object) -> None:
+        on.set() if loaded and 0.25 < work < 0.75 else on.clear()
+
+    return train(models, data, Recipe(epochs=4, batch_size=100, sizes=((16, 1.0),)), 0, report=report)
+
+
+def test_ratios_of_steps_do_not_depend_on_other_work():
+    """That takes all cores for half of the run."""
+    with other_work() as on:
+        quiet, loaded = (step_ratios(on, loaded) for loaded in (False, True))
+    assert loaded["residual"]["train_seconds"] > 1.2 * quiet["residual"]["train_seconds"]
+    assert loaded["residual again"]["step_ratio"] == pytest.approx(1, abs=0.03)
+    assert loaded["rw"]["step_ratio"] == pytest.approx(quiet["rw"]["step_ratio"], rel=0.05)
