@@ -2,20 +2,44 @@ import multiprocessing
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing.synchronize import Event
 
 import pytest
 import torch
 
 from comparison.data import synthetic
-from comparison.device import cores
+from comparison.device import Stopwatch, cores
 from comparison.models import Model
 from comparison.networks import SmallCNN
 from TrainUtil import Recipe, train
 
-pytestmark = pytest.mark.slow
+
+def test_steps_on_a_gpu_are_timed_by_events_and_wait_for_nothing(monkeypatch):
+    """With a GPU whose clock is a number: it gets an event before and after each step, and is waited for at the end."""
+    calls = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            calls.append("record")
+            self.at = 250.0 * len(calls)  # milliseconds
+
+        def elapsed_time(self, other):
+            return other.at - self.at
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: calls.append("wait"))
+    watch = Stopwatch(torch.device("cuda"))
+    for _ in range(2):
+        with watch:
+            calls.append("step")
+    assert watch.seconds() == [0.5, 0.5]
+    assert calls == ["record", "step", "record"] * 2 + ["wait"]
 
 
-def take_a_core(on: multiprocessing.synchronize.Event) -> None:
+def take_a_core(on: Event) -> None:
     torch.set_num_threads(1)
     matrix = torch.randn(512, 512)
     while True:
@@ -24,7 +48,7 @@ def take_a_core(on: multiprocessing.synchronize.Event) -> None:
 
 
 @contextmanager
-def other_work() -> Iterator[multiprocessing.synchronize.Event]:
+def other_work() -> Iterator[Event]:
     """A process a core, that work while the event is set."""
     context = multiprocessing.get_context("spawn")
     on = context.Event()
@@ -39,7 +63,7 @@ def other_work() -> Iterator[multiprocessing.synchronize.Event]:
             process.kill()
 
 
-def step_ratios(on: multiprocessing.synchronize.Event, loaded: bool) -> dict[str, dict]:
+def step_ratios(on: Event, loaded: bool) -> dict[str, dict]:
     data = synthetic()
     models = {
         name: SmallCNN(Model.parse(name.partition(" ")[0]), 0, data) for name in ("residual", "residual again", "rw")
@@ -51,6 +75,7 @@ def step_ratios(on: multiprocessing.synchronize.Event, loaded: bool) -> dict[str
     return train(models, data, Recipe(epochs=4, batch_size=100, sizes=((16, 1.0),)), 0, report=report)
 
 
+@pytest.mark.slow
 def test_ratios_of_steps_do_not_depend_on_other_work():
     """That takes all cores for half of the run."""
     with other_work() as on:
