@@ -50,14 +50,11 @@ models: {", ".join(MODELS)}
   in the same way, and decay=0.1 weight decay on its parameters: rw+lr@8:scale=1,init=orthogonal
   in --profile's GPT the default rank is 32, and pa and rw+pa without a rank have h(x) = x, as in the paper's table 5
 
-longer training, residual, mean of three seeds on 2 CPU cores with bfloat16: 87.65 % in 49 s with the default 5 epochs,
-  90.22 % in 141 s with 15, 92.31 % in 324 s with --arch medium --epochs 12 (results/README.md has commands and machine)
-
 examples:
   python Test.py                                        residual, rw, lr and pa, three seeds
   python Test.py --models residual rw+lr deeper --seeds 10 --out runs/study    again: resumes it where it was stopped
   python Test.py --draw runs/study                      its table and pictures, from its files alone
-  python Test.py --models residual --epochs 15          longer training, higher accuracy
+  python Test.py --models residual --epochs 15          longer training, higher accuracy (results/README.md)
   python Test.py --dataset synthetic --epochs 2         no download, done in a minute
   python Test.py --profile                              time and memory of every residual connection
 """

@@ -117,7 +117,9 @@ def table(config: dict, runs: list[dict]) -> dict:
     for measure in measures:
         columns += [measure.name, f"difference to {against}" + " [95 % interval]" * (seeds > 1)]
         columns += ["p (Holm)"] * (seeds > 1)
-    columns += ["step time / residual (quartiles)", "training s"] + ["compilation s"] * config["compile"]
+    timed = [run["step_ratio"] is not None for run in runs]
+    columns += ["step time / residual (quartiles)"] * any(timed)
+    columns += ["training s"] + ["compilation s"] * config["compile"]
     rows = []
     for entry in summary:
         finished, diverged = entry["finished"], entry["diverged"]
@@ -130,14 +132,14 @@ def table(config: dict, runs: list[dict]) -> dict:
             row += [spread(result["values"], measure.form), difference(result, measure.form, finished)]
             row += [f"{result['p_holm']:.2g}" if result["p_holm"] is not None else "–"] * (seeds > 1)
         ratio = "{:.3f} ({:.3f}–{:.3f})".format(*entry["step_ratio"]) if entry["step_ratio"] else "–"
-        row += [ratio, spread(entry["seconds"], ".1f")]
+        row += [ratio] * any(timed) + [spread(entry["seconds"], ".1f")]
         rows.append(row + [spread(entry["compile_seconds"], ".1f")] * config["compile"])
     notes = ["Differences paired by seed; p after Holm's correction over the models, for each measure apart."]
     if seeds == 1:
         notes = ["One seed shows little: repeat with --seeds 3 or more."]
     if against not in (run["model"] for run in runs):
         notes.append(f"No differences: there is no {against} among the models.")
-    if any(run["step_ratio"] is None for run in runs):
+    if any(timed) and not all(timed):
         notes.append("No step time where a model was not trained side by side with residual.")
     if len({run.get("git_commit") for run in runs}) > 1:
         notes.append("The runs are of several commits, see results.json.")

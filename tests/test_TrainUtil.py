@@ -383,14 +383,16 @@ def test_every_parameter_is_in_one_group_whatever_blocks_are_called():
         nn.BatchNorm2d(8),
     )
     muon, adam = TrainUtil.optimizers(model, Recipe(block_decay=0.1))
-    others, blocks = (group["params"] for group in adam.param_groups)
+    others, biases, blocks = (group["params"] for group in adam.param_groups)
     (filters,) = (group["params"] for group in muon.param_groups)
-    every = [id(p) for group in (filters, others, blocks) for p in group]
+    every = [id(p) for group in (filters, others, biases, blocks) for p in group]
     assert sorted(every) == sorted(id(p) for p in model.parameters())
     assert {id(p) for p in filters} == {id(layer.f.weight) for layer in model[:2]}
     inside = [model[0].residual1, model[0].skip, model[1].residuals]
     assert {id(p) for p in blocks} == {id(p) for block in inside for p in block.parameters()}
-    assert [group["weight_decay"] for group in adam.param_groups] == [0.0, 0.1]
+    assert [id(p) for p in biases] == [id(model[2].bias)]
+    assert [group["weight_decay"] for group in adam.param_groups] == [0.0, 0.0, 0.1]
+    assert [group["lr"] for group in adam.param_groups] == [0.01, 0.04, 0.01]
 
 
 def test_evaluating_changes_nothing(data):
