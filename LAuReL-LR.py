@@ -111,7 +111,7 @@ class LAuReL_LR(nn.Module):
                 return self.forward(x, fx)
         t = x.movedim(self.channel_dim, -1).to(torch.float32 if x.dtype == torch.float16 else x.dtype)
         alpha, beta = self.weights()
-        y = x + fx if beta is None else (alpha * fx + beta * x).to(dtype)
+        y = x + fx if beta is None else (fx * alpha + x * beta).to(dtype)  # alpha * fx would round α to bfloat16
         if self.norm is not None:
             with torch.autocast(device, enabled=False) if half else nullcontext():
                 h = F.linear(F.linear(t, self.A.to(t.dtype)), self.B.to(t.dtype)).to(dtype)

@@ -142,11 +142,11 @@ class LAuReL_PA(nn.Module):
             with torch.autocast(device, enabled=False):  # A x may leave the range of float16 where x + f(x) does not
                 return self.forward(xs[::-1], fx)
         alpha, beta = self.weights()
-        y = x + fx if beta is None else (alpha * fx + beta * x).to(dtype)
+        y = x + fx if beta is None else (fx * alpha + x * beta).to(dtype)  # alpha * fx would round α to bfloat16
         gamma = self.gamma[: len(xs)] if beta is None else beta * self.gamma[: len(xs)]
         if self.rank is None:
             for weight, each in zip(gamma.unbind(), xs):
-                y = y + weight * each
+                y = y + each * weight
             return y.to(dtype)  # an earlier activation may be float32 where x_i and f(x_i) are bfloat16
 
         # β and γ are multiplied into what is small, A x and B: no weighted activation is kept for the backward pass.
@@ -154,7 +154,7 @@ class LAuReL_PA(nn.Module):
         A = [self.A] * len(xs) if self.shared else self.A[: len(xs)]
         us = [F.linear(t, a.to(t.dtype)) for t, a in zip(ts, A)]  # A x_{i-j}, (…, r) each
         if self.shared:
-            u, B = sum(weight * u for weight, u in zip(gamma.unbind(), us)), self.B  # (…, r)
+            u, B = sum(u * weight for weight, u in zip(gamma.unbind(), us)), self.B  # (…, r)
         else:
             u = torch.cat(us, dim=-1)  # (…, kr)
             B = (gamma[:, None, None] * self.B[: len(xs)]).movedim(0, 1).flatten(1)  # (D, kr)

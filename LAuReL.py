@@ -29,18 +29,18 @@ class LAuReL(nn.Module):
     r"""Adds a branch to its input with learned weights: α · f(x) + β · x (LAuReL-RW, §2.1).
 
     The paper asks that α and β stay bounded. ``bound`` says how the parameter ``w`` becomes α and β:
-
     - ``"softmax"``: (α, β) = scale · softmax(w), so that α + β = scale
     - ``"sigmoid"``: scale · σ(w), each on its own
     - ``"single"``: one parameter, α = scale · σ(w), β = scale − α
-    - ``"none"``: w itself, unbounded
+    - ``"none"``: w itself
 
     The paper leaves open where they start. Here w starts at 0, α and β at scale / 2; ``"none"`` starts at 1. So with
     the default scale the block starts as the plain residual, to the last bit, and ``scale=1`` is the bare softmax,
     which halves the stream in every layer. Keep weight decay off ``w``.
 
     Args:
-        dim: D, the size of the channel dimension, for α and β of length D (§2.4). ``None``: scalars.
+        dim: D, the size of the channel dimension, for α and β of length D (§2.4), rounded to the dtype of
+            ``x + f(x)``. ``None``: scalars, which are not rounded.
         bound: one of the four above.
         scale: the factor above; ``"none"`` ignores it.
         channel_dim: where D stands: -1 for (…, D), 1 for (N, D, H, W). Scalars ignore it.
@@ -94,7 +94,7 @@ class LAuReL(nn.Module):
                 raise ValueError(f"x must have dim={self.dim} at channel_dim={self.channel_dim}, got {tuple(x.shape)}")
             shape = [self.dim if i == self.channel_dim % x.ndim else 1 for i in range(x.ndim)]
             alpha, beta = alpha.view(shape).to(dtype), beta.view(shape).to(dtype)  # float32 would lift a bfloat16 x
-        return (alpha * fx + beta * x).to(dtype)
+        return (fx * alpha + x * beta).to(dtype)  # alpha * fx would round a scalar α to bfloat16
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, bound={self.bound!r}, scale={self.scale}, channel_dim={self.channel_dim}"

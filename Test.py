@@ -304,7 +304,7 @@ def compare(options: argparse.Namespace, argv: list[str]) -> int:
         monitor.refresh()
 
     try:
-        with helpers(options.parallel - 1, [*argv, *mine]), monitor.bar:
+        with helpers(min(options.parallel, len(options.seeds)) - 1, [*argv, *mine]), monitor.bar:
             for seed, models in study.take(options.seeds, names, None if helping() else wait):
                 broadcast((must_agree(options, data), seed, models))
 

@@ -236,11 +236,12 @@ def train(
             second, of all models together, and the histories, all so far.
 
     Returns:
-        for each model epochs, test_loss and test_accuracy (the last epoch's), diverged (the epoch in which that
-        happened, or None), train_seconds (its steps), images_per_second, compile_seconds, step_ratio (the median over
-        the steps of its time to the baseline's on the same batch, None without the baseline), step_ratio_quartiles and
-        history: for each epoch its number from 1, train_loss (mean over the batches) and test_loss, both plain
-        cross-entropies in nats and None where it diverged, test_accuracy, 0 to 1, and the seconds of its steps.
+        for each model epochs, test_loss and test_accuracy (the last epoch's), bits_per_byte (None), diverged (the epoch
+        in which that happened, or None), train_seconds (its steps), images_per_second, compile_seconds, step_ratio (the
+        median over the steps of its time to the baseline's on the same batch, None without the baseline),
+        step_ratio_quartiles and history: for each epoch its number from 1, train_loss (mean over the batches) and
+        test_loss, both plain cross-entropies in nats and None where it diverged, test_accuracy, 0 to 1, and the seconds
+        of its steps.
 
     Raises:
         UserError: a part of a batch has too few images, --compile does not work here, an image can't be read.
@@ -300,6 +301,7 @@ def train(
             "epochs": len(trainee.history),
             "test_loss": trainee.history[-1]["test_loss"],
             "test_accuracy": trainee.history[-1]["test_accuracy"],
+            "bits_per_byte": None,  # for text
             "diverged": trainee.history[-1]["epoch"] if trainee.diverged else None,
             "train_seconds": sum(trainee.seconds),
             "images_per_second": len(trainee.seconds) * batch / sum(trainee.seconds),

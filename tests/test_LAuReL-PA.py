@@ -164,3 +164,9 @@ def test_the_text_that_the_files_share_is_the_same():
     modules = [importlib.import_module(name) for name in ("LAuReL", "LAuReL-LR", "LAuReL-PA")]
     assert len({inspect.getsource(module.bounded) for module in modules}) == 1
     assert inspect.getsource(modules[1].LAuReL_LR.weights) == inspect.getsource(modules[2].LAuReL_PA.weights)
+
+
+def test_a_bfloat16_stream_takes_a_gamma_that_bfloat16_has_not():
+    block, zero, x = LAuReL_PA(16, rank=None), torch.zeros(64, 16).bfloat16(), torch.randn(64, 16).bfloat16()
+    torch.nn.init.constant_(block.gamma, 1.003)
+    assert torch.equal(block([x, zero], zero), (x.double() * block.gamma[1].double()).bfloat16())

@@ -67,6 +67,7 @@ def test_a_whole_run_leaves_its_files(finished):
         assert one["train_seconds"] > 0
         assert one["images_per_second"] > 0
         assert one["step_ratio"] > 0
+        assert one["bits_per_byte"] is None
         assert one["history"][0].keys() == {"epoch", "train_loss", "test_loss", "test_accuracy", "seconds"}
         assert one["test_loss"] == one["history"][0]["test_loss"] > 0
     assert runs[1]["learned"].keys() == {"alpha", "beta"}
