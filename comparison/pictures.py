@@ -69,7 +69,7 @@ def draw_accuracy(by_model: dict[str, list[dict]], style: dict) -> "Figure":
 
 def draw_curves(by_model: dict[str, list[dict]], against: str, style: dict) -> "Figure | None":
     """Differences to the model that the others are compared with, in the course of training: mean and 95 % band."""
-    fields = {"train_loss": "training loss (mean over the epoch)", "test_loss": "test loss"}
+    fields = {"train_loss": "training loss, mean over the epoch", "test_loss": "test loss after the epoch"}
     base = {run["seed"]: run["history"] for run in by_model.get(against, [])}
     pairs = {
         name: [(run["history"], base[run["seed"]]) for run in mine if run["seed"] in base]
@@ -80,7 +80,7 @@ def draw_curves(by_model: dict[str, list[dict]], against: str, style: dict) -> "
     if not histories or any(epoch.get(field) is None for each in histories for epoch in each for field in fields):
         return None
     figure, panels = subplots(1, 2, figsize=(12, 4.5))
-    for panel, (field, label) in zip(panels, fields.items()):
+    for panel, (field, text) in zip(panels, fields.items()):
         for name, mine in pairs.items():
             differences = [[a[field] - b[field] for a, b in zip(*pair)] for pair in mine]
             if not differences:
@@ -92,10 +92,11 @@ def draw_curves(by_model: dict[str, list[dict]], against: str, style: dict) -> "
                 half = t_quantile(len(differences)) * sd / len(differences) ** 0.5
                 panel.fill_between(epochs, mean - half, mean + half, alpha=0.15, color=style[name]["color"])
         panel.axhline(0, color="black", linewidth=0.8)
-        panel.set(xlabel="epoch", ylabel=f"{label}, difference to {against} (nats)")
+        panel.set(title=text, xlabel="epoch", ylabel=f"difference to {against} (nats)")
         panel.xaxis.get_major_locator().set_params(integer=True)
         panel.grid(alpha=0.3)
-    panels[0].legend(title="mean and 95 % band over the seeds" if max(map(len, pairs.values())) > 1 else None)
+    how = "mean and 95 % band" if max(map(len, pairs.values())) > 1 else None
+    panels[-1].legend(title=how, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 

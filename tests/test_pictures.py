@@ -61,7 +61,7 @@ def test_pictures_show_the_numbers_of_the_table():
         assert panel.lines[0].get_ydata() == pytest.approx([factor * (low + high) / 2] * 2)
         heights = band.get_paths()[0].vertices[:, 1]
         assert (heights.min(), heights.max()) == pytest.approx((factor * low, factor * high))
-    assert "training loss" in curves[0].get_ylabel()
+    assert "training loss" in curves[0].get_title()
     for panel, measure in zip(differences, MEASURES, strict=True):
         (bar,) = panel.collections
         (segment,) = bar.get_segments()
