@@ -322,9 +322,14 @@ def compare(options: argparse.Namespace, argv: list[str]) -> int:
     except OSError as error:
         raise UserError(f"{error.filename or options.out}: {error.strerror or error}. {kept}", code=1) from None
     except KeyboardInterrupt:
+        study.refresh()  # what other processes have added
         raise UserError(f"Interrupted: {len(study.runs)} runs have finished. {kept}", code=130) from None
     finally:
-        status = 0 if helping() or not study.runs else show(study)
+        study.refresh()
+        status = 0
+        if study.runs and not helping():
+            with study.lock("study"):  # whoever opens the study removes files that are half written
+                status = show(study)
     return status
 
 
