@@ -29,6 +29,7 @@ class LAuReL(nn.Module):
     r"""Adds a branch to its input with learned weights: α · f(x) + β · x (LAuReL-RW, §2.1).
 
     The paper asks that α and β stay bounded. ``bound`` says how the parameter ``w`` becomes α and β:
+
     - ``"softmax"``: (α, β) = scale · softmax(w), so that α + β = scale
     - ``"sigmoid"``: scale · σ(w), each on its own
     - ``"single"``: one parameter, α = scale · σ(w), β = scale − α
@@ -39,8 +40,7 @@ class LAuReL(nn.Module):
     which halves the stream in every layer. Keep weight decay off ``w``.
 
     Args:
-        dim: D, the size of the channel dimension, for α and β of length D (§2.4), rounded to the dtype of
-            ``x + f(x)``. ``None``: scalars, which are not rounded.
+        dim: D, the size of the channel dimension: α and β of length D (§2.4), in x's dtype. ``None``: scalars.
         bound: one of the four above.
         scale: the factor above; ``"none"`` ignores it.
         channel_dim: where D stands: -1 for (…, D), 1 for (N, D, H, W). Scalars ignore it.
