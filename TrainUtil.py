@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from comparison.console import UserError
 from comparison.data import Dataset, resize, whole_batches
-from comparison.device import Stopwatch, autocast, compiled, compiler_errors, out_of_memory
+from comparison.device import Stopwatch, autocast, compiled, compiler_errors, out_of_memory, turned
 from comparison.distributed import all_reduce_sum, broadcast, processes, synchronize_batch_norm
 from comparison.files import atomic_write
 from comparison.folder import Data
@@ -281,7 +281,7 @@ def train(
         for step, (x, y) in enumerate(data.batches(seed, epoch, recipe.batch_size, recipe.max_shift)):
             done = (epoch + step / steps_per_epoch) / recipe.epochs
             x = resize(x, recipe.size(done))
-            for name in turned(list(training), step):
+            for name in turned(training, step):
                 with watches[name]:
                     losses[name].append(training[name].step(x, y, batch, accumulate))
             speed = (step + 1) * batch * len(training) / (time.perf_counter() - begin)
@@ -311,12 +311,6 @@ def train(
         }
         for name, trainee in trainees.items()
     }
-
-
-def turned(names: list[str], step: int) -> list[str]:
-    """A B C, B C A, …"""
-    first = step % len(names)
-    return names[first:] + names[:first]
 
 
 def step_ratio(mine: list[float], base: list[float]) -> dict:

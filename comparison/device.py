@@ -6,7 +6,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import nn
@@ -91,6 +91,13 @@ def compiler_errors() -> Iterator[None]:
 def synchronize(device: torch.device) -> None:
     if device.type != "cpu":
         getattr(torch, device.type).synchronize()
+
+
+def turned(names: Iterable[str], round: int) -> list[str]:
+    """The order of a round: A B C, B C A, …, so that a machine whose speed drifts slows all alike."""
+    names = list(names)
+    first = round % len(names)
+    return names[first:] + names[:first]
 
 
 class Stopwatch:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from comparison.files import atomic_write
-from comparison.report import MEASURES, measured, summarize, title
+from comparison.report import MEASURES, measured, paired_test, summarize, title
 
 if TYPE_CHECKING:  # matplotlib takes a second to import
     from matplotlib.axes import Axes
@@ -76,21 +76,20 @@ def draw_curves(by_model: dict[str, list[dict]], against: str, style: dict) -> "
         for name, mine in by_model.items()
         if name != against
     }
+    pairs = {name: mine for name, mine in pairs.items() if mine}
     histories = [history for mine in pairs.values() for pair in mine for history in pair]
     if not histories or any(epoch.get(field) is None for each in histories for epoch in each for field in fields):
         return None
     figure, panels = subplots(1, 2, figsize=(12, 4.5))
     for panel, (field, text) in zip(panels, fields.items()):
         for name, mine in pairs.items():
-            differences = [[a[field] - b[field] for a, b in zip(*pair)] for pair in mine]
-            if not differences:
-                continue
-            mean, sd = over_seeds(differences)
-            epochs = range(1, len(mean) + 1)
-            panel.plot(epochs, mean, label=name, **style[name])
-            if len(differences) > 1:
-                half = t_quantile(len(differences)) * sd / len(differences) ** 0.5
-                panel.fill_between(epochs, mean - half, mean + half, alpha=0.15, color=style[name]["color"])
+            by_epoch = zip(*(zip(*pair) for pair in mine))  # the pairs' entries
+            tests = [paired_test(*([each[field] for each in side] for side in zip(*epoch))) for epoch in by_epoch]
+            means = [statistics.mean(test["differences"]) for test in tests]
+            low, high = zip(*(test["interval"] or (mean, mean) for test, mean in zip(tests, means)))
+            epochs = range(1, len(means) + 1)
+            panel.plot(epochs, means, label=name, **style[name])
+            panel.fill_between(epochs, low, high, alpha=0.15, color=style[name]["color"])
         panel.axhline(0, color="black", linewidth=0.8)
         panel.set(title=text, xlabel="epoch", ylabel=f"difference to {against} (nats)")
         panel.xaxis.get_major_locator().set_params(integer=True)
@@ -204,10 +203,3 @@ def over_seeds(values: list[list[float]]) -> tuple:
 
     array = np.array(values)
     return array.mean(axis=0), array.std(axis=0, ddof=1) if len(array) > 1 else np.zeros(array.shape[1])
-
-
-def t_quantile(n: int) -> float:
-    """Student's t for a 95 % interval of a mean of n values."""
-    from scipy.stats import t  # here, as it takes a second to import
-
-    return float(t.ppf(0.975, n - 1))

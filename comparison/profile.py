@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from comparison.data import synthetic
-from comparison.device import autocast, compiled, synchronize
+from comparison.device import Stopwatch, autocast, compiled, synchronize, turned
 from comparison.models import Model
 from comparison.networks import build
 from comparison.transformers import GPT
@@ -142,24 +142,18 @@ def profile_table(config: dict, network: str, costs: list[dict]) -> dict:
 
 
 def interleave(functions: Mapping[str, Callable[[], object]], seconds: float, device: torch.device) -> dict:
-    """The seconds of every call, in rounds A B C, B C A, …, so that a machine whose speed drifts slows all alike.
-
-    One round to warm up, then rounds until `seconds` have passed, three at least.
-    """
+    """The seconds of every call: one round to warm up, then rounds until `seconds` have passed, three at least."""
     for function in functions.values():
         function()
-    names, times = list(functions), {name: [] for name in functions}
+    watches = {name: Stopwatch(device) for name in functions}
     start, rounds = time.perf_counter(), 0
     while rounds < 3 or time.perf_counter() - start < seconds:
-        for i in range(len(names)):
-            name = names[(i + rounds) % len(names)]
-            synchronize(device)
-            begin = time.perf_counter()
-            functions[name]()
-            synchronize(device)
-            times[name].append(time.perf_counter() - begin)
+        for name in turned(functions, rounds):
+            with watches[name]:
+                functions[name]()
+        synchronize(device)
         rounds += 1
-    return times
+    return {name: watch.seconds() for name, watch in watches.items()}
 
 
 def saved_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:

@@ -107,19 +107,8 @@ def test_code_of_the_pages_runs(page, block, tmp_path, monkeypatch):
 
 @pytest.mark.download
 def test_one_short_run_on_the_real_data(tmp_path):
-    options = [
-        "--models",
-        "residual",
-        "--epochs",
-        "1",
-        "--seeds",
-        "1",
-        "--limit",
-        "10000",
-        "--data-dir",
-        str(tmp_path / "data"),
-    ]
-    done = run(*options, "--out", str(tmp_path / "out"))
+    options = ["--models", "residual", "--epochs", "1", "--seeds", "1", "--limit", "10000", "--data-dir"]
+    done = run(*options, str(tmp_path / "data"), "--out", str(tmp_path / "out"))
     assert done.returncode == 0, done.stderr
     (one,) = json.loads((tmp_path / "out" / "results.json").read_text())["runs"]
     assert one["test_accuracy"] > 0.25
