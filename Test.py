@@ -28,13 +28,14 @@ from comparison.files import write_json
 from comparison.folder import Data, Folder, load_folder
 from comparison.models import MODELS, Model
 from comparison.monitor import Monitor
-from comparison.networks import ARCHS, build, learned
+from comparison.networks import ARCHS, TEXT_ARCHS, build, learned
 from comparison.parallel import end_with_parent, helpers, helping
 from comparison.pictures import draw
 from comparison.profile import cnn, gpt, measure, profile_table
 from comparison.report import table
-from comparison.sources import load_cifar
+from comparison.sources import load_cifar, load_enwik8
 from comparison.study import Study, check_against, configuration
+from comparison.text import Text, synthetic_text
 from LAuReL import LAuReL
 
 LAuReL_LR = importlib.import_module("LAuReL-LR").LAuReL_LR
@@ -103,7 +104,7 @@ def device(text: str) -> torch.device:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Returns the options, with defaults that depend on others filled in."""
-    default = TrainUtil.Recipe()
+    image, text = TrainUtil.IMAGES, TrainUtil.TEXT
     parser = Parser(
         prog="Test.py",
         description="Trains small CNNs that differ only in the residual connection, and compares them.",
@@ -112,9 +113,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--models", nargs="+", type=Model.parse, metavar="MODEL", help="(default: residual rw lr pa; --profile: all)")
-    add("--arch", choices=ARCHS, default="small", help="medium trains longer, wide is for a GPU (default: small)")
-    add("--epochs", type=count, default=default.epochs, metavar="N", help="(default: %(default)s)")
-    add("--batch-size", type=count, default=default.batch_size, metavar="N", help="(default: %(default)s)")
+    add("--arch", choices=ARCHS, help="medium trains longer, wide is for a GPU (default: small, or gpt for text)")
+    add("--epochs", type=count, metavar="N", help=f"(default: {image.epochs}, or {text.epochs} for text)")
+    add("--batch-size", type=count, metavar="N", help=f"(default: {image.batch_size}, or {text.batch_size} for text)")
     add("--seeds", type=seeds, default=[0, 1, 2], metavar="N", help="0 to N-1, or FIRST-LAST (default: 3)")
     add("--parallel", type=count, default=1, metavar="N", help="N processes, a seed each at a time (default: 1)")
     add("--threads", type=count, metavar="N", help="CPU threads of each (default: the cores divided by --parallel)")
@@ -123,17 +124,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--precision", choices=("auto", "float32", "bfloat16"), default="auto", help="(default: the device's fastest)")
     add("--compile", action="store_true", help="compile the model with torch.compile; its time is reported apart")
     add("--data-dir", type=path, default=Path("data"), metavar="DIR", help="where the data are kept (default: data)")
-    kinds = ("cifar10", "cifar100", "imagefolder", "synthetic")
     add(
         "--dataset",
-        choices=kinds,
-        default="cifar10",
-        help="imagefolder: --data-dir's train/ and val/; synthetic: made up",
+        choices=("cifar10", "cifar100", "imagefolder", "enwik8", "synthetic"),
+        help="imagefolder: --data-dir's train/ and val/; synthetic: made up (default: cifar10, or enwik8 for a gpt)",
     )
     add("--image-size", type=count, metavar="N", help="imagefolder: crops of N pixels (default: 224); --profile")
     add("--workers", type=count, metavar="N", help="imagefolder: processes that read images (default: a core each)")
-    add("--limit", type=count, metavar="N", help="the first N training images only, for a quick try")
-    add("--hold-out", type=count, metavar="N", help="test on the last N training images, to choose a recipe by")
+    add("--limit", type=count, metavar="N", help="the first N training images or sequences only, for a quick try")
+    hold_out = "to choose a recipe by: test on the last N training images, or N sequences of enwik8's validation part"
+    add("--hold-out", type=count, metavar="N", help=hold_out)
     add("--profile", action="store_true", help="measure what each residual connection costs, in place of training")
     add("--seconds", type=count, default=60, metavar="N", help="--profile: at least so long on training (default: 60)")
     add("--network", choices=("both", "cnn", "gpt"), default="both", help="--profile: (default: both)")
@@ -167,6 +167,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             parser.error("torchrun works with --device cpu and cuda, not with mps")
         if options.device.type == "cuda":
             options.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    options.arch = options.arch or ("gpt" if options.dataset == "enwik8" else "small")
+    text_arch = options.arch in TEXT_ARCHS
+    options.dataset = options.dataset or ("enwik8" if text_arch else "cifar10")
+    if not options.profile and options.dataset != "synthetic" and text_arch != (options.dataset == "enwik8"):
+        allowed = [arch for arch in ARCHS if (arch in TEXT_ARCHS) != text_arch]
+        parser.error(f"--dataset {options.dataset} goes with --arch {', '.join(allowed)}, not with {options.arch}")
+    recipe = text if text_arch else image
+    options.epochs, options.batch_size = options.epochs or recipe.epochs, options.batch_size or recipe.batch_size
     options.out = options.out or Path("runs") / time.strftime("%Y-%m-%d-%H%M%S")
     # Another number of threads adds up in another order: numbers are the same to the bit only for the same --threads.
     threads = cores() // here if here > 1 else torch.get_num_threads()  # torchrun would have one thread in each
@@ -214,13 +222,16 @@ def main(argv: list[str] | None = None) -> int:
 def load_data(options: argparse.Namespace) -> Data:
     match options.dataset:
         case "synthetic":
-            data = synthetic()
+            data = synthetic_text() if options.arch in TEXT_ARCHS else synthetic()
+        case "enwik8":
+            data = load_enwik8(options.data_dir)
         case "imagefolder":
             data = load_folder(options.data_dir, options.image_size, options.workers)
         case cifar:
             data = load_cifar(CIFAR100 if cifar == "cifar100" else CIFAR10, options.data_dir)
     if options.hold_out and options.hold_out >= data.train_size:
-        raise UserError(f"--hold-out must be below the {data.train_size} training images, got {options.hold_out}")
+        n = f"{data.train_size} training {data.examples}"
+        raise UserError(f"--hold-out must be below the {n}, got {options.hold_out}")
     data = data.hold_out(options.hold_out) if options.hold_out else data
     return data.limit(options.limit) if options.limit else data
 
@@ -229,7 +240,8 @@ TRANSFORMER_LR = 0.001  # for the ViT: a tenth of what the batch norms of the ot
 
 
 def recipe_for(arch: str, epochs: int, batch_size: int, data: Data) -> TrainUtil.Recipe:
-    recipe = TrainUtil.Recipe(epochs=epochs, batch_size=batch_size)
+    recipe = TrainUtil.TEXT if isinstance(data, Text) else TrainUtil.IMAGES
+    recipe = replace(recipe, epochs=epochs, batch_size=batch_size)
     if isinstance(data, Folder):  # the workers crop
         recipe = replace(recipe, sizes=((data.size, 1.0),))
     return replace(recipe, lr=TRANSFORMER_LR) if arch == "vit" else recipe
@@ -264,7 +276,7 @@ def train_seed(
     advice += "smaller rank, fewer models at a time or a smaller --parallel, with another --out"
     with memory_errors(f"{', '.join(names)}, seed {seed}: {advice}"):
         networks = {model.name: ARCHS[options.arch](model, seed, data) for model in models}
-        own = {model.name: {"block_decay": model.decay} for model in models}
+        own = {model.name: model.own for model in models}
         measured = TrainUtil.train(networks, data.to(options.device), recipe, seed, own=own, **how)
     return [
         {
@@ -287,7 +299,8 @@ def compare(options: argparse.Namespace, argv: list[str]) -> int:
         recipe = recipe_for(options.arch, options.epochs, options.batch_size, data)
         check_sizes(options, data, recipe)
         config = configuration(vars(options)) | {"data": data.name, "recipe": asdict(recipe)}
-        config |= {"training_images": data.train_size, "test_images": data.test_size}
+        sizes = {"training": data.train_size, "test": data.test_size}
+        config |= {f"{part}_{data.unit}": data.units * size for part, size in sizes.items()}
         study = Study.open(options.out, config, options.against)
     except BaseException:
         broadcast(None)  # to run_follower: there is nothing to do
@@ -295,7 +308,7 @@ def compare(options: argparse.Namespace, argv: list[str]) -> int:
     runs = len(options.seeds) * len(names)
     if there := runs - sum(len(study.lacking(seed, names)) for seed in options.seeds):
         say(f"{there} of {runs} runs are in {options.out} already.")
-    monitor = Monitor(study, options.seeds, names, recipe.epochs)
+    monitor = Monitor(study, options.seeds, names, recipe.epochs, data.unit)
     kept = f"What has finished is kept. The same command with --out {options.out} resumes the study."
     mine = ["--out", str(options.out), "--parallel", "1", "--threads", str(options.threads)]
 
@@ -335,8 +348,8 @@ def compare(options: argparse.Namespace, argv: list[str]) -> int:
 
 def must_agree(options: argparse.Namespace, data: Data) -> dict:
     """What all processes must have alike."""
-    sizes = {"training images": data.train_size, "test images": data.test_size, "classes": data.classes}
-    return {**sizes, "precision": options.precision, "torch": torch.__version__}
+    sizes = {f"training {data.examples}": data.train_size, f"test {data.examples}": data.test_size}
+    return {**sizes, "classes": data.classes, "precision": options.precision, "torch": torch.__version__}
 
 
 def run_follower(options: argparse.Namespace) -> int:

@@ -10,7 +10,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -25,6 +25,7 @@ from comparison.device import Stopwatch, autocast, compiled, compiler_errors, ou
 from comparison.distributed import all_reduce_sum, broadcast, processes, synchronize_batch_norm
 from comparison.files import atomic_write
 from comparison.folder import Data
+from comparison.text import LENGTH, Text
 from LAuReL import LAuReL
 
 LAuReL_LR = importlib.import_module("LAuReL-LR").LAuReL_LR
@@ -39,12 +40,14 @@ class Recipe:
     epochs: int = 3
     batch_size: int = 500
     filter_lr: float = 0.24  # Muon, for the filters of the convolutions
-    filter_momentum: float = 0.6
+    matrix_lr: float = 0.0  # Muon, for the matrices of the branches; 0: AdamW
+    momentum: float = 0.6  # Muon's
     # AdamW without weight decay, for all else: batch norm, classifier, the blocks' own parameters. Of 0.03, 0.01 and
     # 0.003 for the latter, 0.03 was the worst; the other two could not be told apart.
     lr: float = 0.01
     norm_bias_rate: float = 4.0  # a factor on it for the biases of batch norms (64 in Jordan 2024)
-    block_decay: float = 0.0  # weight decay on the blocks' own parameters
+    block_rate: float = 1.0  # a factor on it for the blocks' own parameters
+    block_decay: float = 0.0  # weight decay on these
     warmup: float = 0.05  # part of the steps over which the learning rates rise; then they fall linearly to zero
     label_smoothing: float = 0.1
     max_shift: int = 2  # pixels
@@ -69,16 +72,28 @@ class Recipe:
         return seen / all_
 
 
-class Muon(torch.optim.Optimizer):
-    """Nesterov momentum, orthogonalised (Jordan et al. 2024, "Muon"), for filters with a batch norm behind them.
+IMAGES = Recipe()
+TEXT = Recipe(
+    epochs=4,
+    batch_size=8,
+    matrix_lr=0.02,
+    momentum=0.95,
+    lr=0.003,
+    warmup=0.02,
+    label_smoothing=0.0,
+    max_shift=0,
+    sizes=((LENGTH, 1.0),),
+)
 
-    torch.optim.Muon takes only matrices, and torch 2.5 does not have it. A batch norm makes the scale of its filters
-    irrelevant but for the step size relative to it, so the filters are kept at a root-mean-square norm of 1.
+
+class Muon(torch.optim.Optimizer):
+    """Nesterov momentum, orthogonalised (Jordan et al. 2024, "Muon"), for matrices and filters.
+
+    torch.optim.Muon takes only matrices, and torch 2.5 does not have it. A batch norm makes the scale of the filters
+    before it irrelevant but for the step size relative to it, so filters are kept at a root-mean-square norm of 1.
     """
 
-    def __init__(
-        self, params: list[nn.Parameter], lr: float, momentum: float, dtype: torch.dtype = torch.bfloat16
-    ) -> None:
+    def __init__(self, params: Iterable, lr: float, momentum: float, dtype: torch.dtype = torch.bfloat16) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum})
         self.dtype = dtype  # of the orthogonalisation
 
@@ -88,8 +103,11 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 buffer = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
                 buffer.mul_(group["momentum"]).add_(p.grad)
-                update = orthogonalize(p.grad.add(buffer, alpha=group["momentum"]).flatten(1), self.dtype).view_as(p)
-                p.mul_(len(p) ** 0.5 / p.norm()).add_(update, alpha=-group["lr"])
+                update = orthogonalize(p.grad.add(buffer, alpha=group["momentum"]).flatten(1), self.dtype)
+                if p.ndim > 2:
+                    p.mul_(len(p) ** 0.5 / p.norm())
+                rows, columns = update.shape
+                p.add_(update.view_as(p), alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
 
 
 def orthogonalize(matrix: Tensor, dtype: torch.dtype = torch.bfloat16, steps: int = 3) -> Tensor:
@@ -104,23 +122,30 @@ def orthogonalize(matrix: Tensor, dtype: torch.dtype = torch.bfloat16, steps: in
 
 
 def optimizers(model: nn.Module, recipe: Recipe, precision: str = "float32") -> list[torch.optim.Optimizer]:
-    """Returns Muon for the filters and AdamW for all else, with groups for batch norms' biases and the blocks."""
+    """Muon for filters and, with a matrix_lr, the branches' matrices; AdamW for all else, the blocks in a group."""
     blocks = {p: None for module in model.modules() if isinstance(module, BLOCKS) for p in module.parameters()}
     norms = (module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm))
     biases = {module.bias: None for module in norms if module.bias is not None and module.bias not in blocks}
-    filters, others = [], []
+    hidden = set()
+    if recipe.matrix_lr:
+        hidden = {p for stage in model.stages for branch in stage.branches for p in branch.parameters() if p.ndim == 2}
+    filters, matrices, others = [], [], []
     for p in model.parameters():
         if p.requires_grad and p not in blocks and p not in biases:
-            (filters if p.ndim == 4 else others).append(p)
+            (filters if p.ndim == 4 else matrices if p in hidden else others).append(p)
     groups = [
         {"params": others},
         {"params": [p for p in biases if p.requires_grad], "lr": recipe.lr * recipe.norm_bias_rate},
-        {"params": [p for p in blocks if p.requires_grad], "weight_decay": recipe.block_decay},
+        {
+            "params": [p for p in blocks if p.requires_grad],
+            "lr": recipe.lr * recipe.block_rate,
+            "weight_decay": recipe.block_decay,
+        },
     ]
     adam = torch.optim.AdamW(groups, recipe.lr, betas=(0.9, 0.95), weight_decay=0.0)
-    if not filters:
-        return [adam]
-    return [Muon(filters, recipe.filter_lr, recipe.filter_momentum, getattr(torch, precision)), adam]
+    groups = [{"params": filters, "lr": recipe.filter_lr}, {"params": matrices, "lr": recipe.matrix_lr}]
+    groups = [group for group in groups if group["params"]]
+    return [Muon(groups, recipe.filter_lr, recipe.momentum, getattr(torch, precision)), adam] if groups else [adam]
 
 
 def digest(model: nn.Module) -> str:
@@ -171,9 +196,9 @@ class Trainee:
             with self.network.no_sync() if local else contextlib.nullcontext():
                 with autocast(x.device, self.precision):
                     logits = self.network(part)
-                loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.recipe.label_smoothing)
-                (loss * (len(labels) * world / batch)).backward()  # the part's weight in the mean over the batch
-            total += F.cross_entropy(logits.detach().float(), labels, reduction="sum") / batch
+                smoothed = cross_entropy(logits, labels, label_smoothing=self.recipe.label_smoothing)
+                (smoothed * (len(labels) * world / batch)).backward()  # the part's weight in the mean over the batch
+            total += cross_entropy(logits.detach(), labels) * (len(labels) / batch)
         for opt, scheduler in zip(self.optimizers, self.schedulers):
             opt.step()
             scheduler.step()
@@ -195,6 +220,11 @@ class Trainee:
         for part, saved in zip((self.model, *self.optimizers, *self.schedulers), state["parts"], strict=True):
             part.load_state_dict(saved)
         self.history, self.seconds = state["history"], state["seconds"]
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, **options) -> Tensor:
+    """In nats, of images (N, classes) or of each byte of a text (N, length, classes)."""
+    return F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), **options)
 
 
 NO_LOSS = {"train_loss": None, "test_loss": None}  # of an epoch in which a run diverged
@@ -232,16 +262,16 @@ def train(
             whole batch's, but for batch norm, which has the statistics of each part.
         checkpoint: a file that is written after every epoch, by the first process. Where it is there already, training
             resumes from it, and on a CPU ends with the bits of a run that was not interrupted.
-        report: called after every step and every test with the part of the work that is done, 0 to 1, the images a
-            second, of all models together, and the histories, all so far.
+        report: called after every step and every test with the part of the work that is done, 0 to 1, the images or
+            bytes a second, of all models together, and the histories, all so far.
 
     Returns:
-        for each model epochs, test_loss and test_accuracy (the last epoch's), bits_per_byte (None), diverged (the epoch
-        in which that happened, or None), train_seconds (its steps), images_per_second, compile_seconds, step_ratio (the
-        median over the steps of its time to the baseline's on the same batch, None without the baseline),
-        step_ratio_quartiles and history: for each epoch its number from 1, train_loss (mean over the batches) and
-        test_loss, both plain cross-entropies in nats and None where it diverged, test_accuracy, 0 to 1, and the seconds
-        of its steps.
+        for each model epochs, test_loss and test_accuracy (the last epoch's; None for text), bits_per_byte (of text),
+        diverged (the epoch in which that happened, or None), train_seconds (its steps), images_per_second or
+        bytes_per_second, compile_seconds, step_ratio (the median over the steps of its time to the baseline's on the
+        same batch, None without the baseline), step_ratio_quartiles and history: for each epoch its number from 1,
+        train_loss (mean over the batches) and test_loss, both plain cross-entropies in nats and None where it diverged,
+        test_accuracy, 0 to 1, and the seconds of its steps.
 
     Raises:
         UserError: a part of a batch has too few images, --compile does not work here, an image can't be read.
@@ -249,6 +279,7 @@ def train(
     device, n = data.device, data.train_size
     rank, world = processes()
     batch = min(recipe.batch_size, n)
+    text = isinstance(data, Text)
     test_batch = 1000 if isinstance(data, Dataset) else batch // (world * accumulate)  # what is trained on fits
     for model in models.values():
         check_batch(model, batch, accumulate)
@@ -284,7 +315,7 @@ def train(
             for name in turned(training, step):
                 with watches[name]:
                     losses[name].append(training[name].step(x, y, batch, accumulate))
-            speed = (step + 1) * batch * len(training) / (time.perf_counter() - begin)
+            speed = (step + 1) * batch * data.units * len(training) / (time.perf_counter() - begin)
             report(recipe.work(done + 1 / steps), speed, histories)
         tested = evaluate({name: trainee.call for name, trainee in training.items()}, data, precision, test_batch)
         for name, trainee in training.items():
@@ -301,16 +332,20 @@ def train(
             "epochs": len(trainee.history),
             "test_loss": trainee.history[-1]["test_loss"],
             "test_accuracy": trainee.history[-1]["test_accuracy"],
-            "bits_per_byte": None,  # for text
+            "bits_per_byte": bits(trainee.history[-1]["test_loss"]) if text else None,
             "diverged": trainee.history[-1]["epoch"] if trainee.diverged else None,
             "train_seconds": sum(trainee.seconds),
-            "images_per_second": len(trainee.seconds) * batch / sum(trainee.seconds),
+            f"{data.unit}_per_second": len(trainee.seconds) * batch * data.units / sum(trainee.seconds),
             **step_ratio(trainee.seconds, base),
             "compile_seconds": compile_seconds[name],
             "history": trainee.history,
         }
         for name, trainee in trainees.items()
     }
+
+
+def bits(nats: float | None) -> float | None:
+    return None if nats is None else nats / math.log(2)
 
 
 def step_ratio(mine: list[float], base: list[float]) -> dict:
@@ -385,7 +420,7 @@ def warm_up(
             for size, _ in recipe.sizes:
                 with autocast(y.device, precision):
                     logits = network(resize(parts[i], size))
-                F.cross_entropy(logits.float(), labels[i]).backward()
+                cross_entropy(logits, labels[i]).backward()
                 model.zero_grad()
         evaluate({"": network}, data, precision, test_batch)
     model.load_state_dict(state)
@@ -396,7 +431,10 @@ def warm_up(
 def evaluate(
     models: Mapping[str, nn.Module], data: Data, precision: str = "float32", batch_size: int = 1000
 ) -> dict[str, dict[str, float]]:
-    """test_loss (cross-entropy, nats) and test_accuracy (0 to 1) of each model, without test-time augmentation."""
+    """test_loss (cross-entropy, nats) and test_accuracy (0 to 1) of each model, without test-time augmentation.
+
+    Of text the loss is per byte, and there is no accuracy.
+    """
     sums = {name: torch.zeros(2, device=data.device) for name in models}
     for model in models.values():
         model.eval()
@@ -404,7 +442,10 @@ def evaluate(
         for name, model in models.items():
             with autocast(y.device, precision):
                 logits = model(x)
-            loss = F.cross_entropy(logits.float(), y, reduction="sum")
-            sums[name] += torch.stack((loss, (logits.argmax(dim=1) == y).sum()))
-    means = {name: all_reduce_sum(both).cpu().double() / data.test_size for name, both in sums.items()}
-    return {name: dict(zip(("test_loss", "test_accuracy"), both.tolist())) for name, both in means.items()}
+            right = (logits.argmax(dim=-1) == y).sum()
+            sums[name] += torch.stack((cross_entropy(logits, y, reduction="sum"), right))
+    found = {}
+    for name, both in sums.items():
+        loss, accuracy = (all_reduce_sum(both).cpu().double() / (data.test_size * data.units)).tolist()
+        found[name] = {"test_loss": loss, "test_accuracy": None if isinstance(data, Text) else accuracy}
+    return found

@@ -43,6 +43,9 @@ class Dataset:
     classes: int = 10
     statistics: str = "CIFAR-10"
 
+    examples = unit = "images"  # what is trained on, and what is counted
+    units = 1  # of those in an example
+
     @property
     def device(self) -> torch.device:
         return self.train_labels.device

@@ -16,6 +16,7 @@ from torchvision.transforms import v2
 from comparison.console import UserError
 from comparison.data import Dataset, normalize, seeded, shuffled, whole_batches
 from comparison.distributed import shard
+from comparison.text import Text
 
 
 class Images(torch.utils.data.Dataset):
@@ -63,6 +64,8 @@ class Folder:
     workers: int
     device: torch.device
     statistics: str = "ImageNet"
+
+    examples, unit, units = Dataset.examples, Dataset.unit, Dataset.units
 
     @property
     def train_size(self) -> int:
@@ -115,7 +118,7 @@ class Folder:
             yield self.normalize(x), y
 
 
-Data = Dataset | Folder
+Data = Dataset | Folder | Text
 
 
 def load_folder(path: Path, size: int, workers: int) -> Folder:

@@ -20,7 +20,8 @@ LAuReL_PA = importlib.import_module("LAuReL-PA").LAuReL_PA
 
 
 MODELS = ("residual", "rw", "lr", "pa", "rw+lr", "rw+pa", "rw+lr+pa", "deeper")
-# The arguments of a block that a model's name may set, and decay: weight decay on the block's parameters
+# The arguments of a block that a model's name may set; decay: weight decay on the block's parameters; rate: a factor on
+# their learning rate
 ARGUMENTS = {
     "dim": {"D": "D"},  # α and β for each channel
     "rank": {"none": None},  # the identity for h
@@ -29,6 +30,7 @@ ARGUMENTS = {
     "init": {name: name for name in ("xavier", "orthogonal")},
     "scale": float,
     "decay": float,
+    "rate": float,
 }
 
 
@@ -41,7 +43,7 @@ class Model:
     rank: int | None = None  # None: what the network has by default
     k: int = 3
     arguments: dict = field(default_factory=dict)  # of the block
-    decay: float = 0.0  # weight decay on the block's parameters
+    own: dict = field(default_factory=dict)  # the recipe's fields that are its own
 
     @staticmethod
     def parse(name: str) -> "Model":
@@ -69,12 +71,13 @@ class Model:
             "init": low_rank,
             "scale": "rw" in base and arguments.get("bound") != "none",
             "decay": base not in ("residual", "deeper"),
+            "rate": base not in ("residual", "deeper"),
         }
         for each in arguments:
             if not effective[each]:
                 raise argparse.ArgumentTypeError(f"{name!r}: {each} would be ignored")
-        decay = arguments.pop("decay", 0.0)
-        model = Model(name, base, int(rank) if rank else None, int(k or 3), arguments, decay)
+        own = {f"block_{each}": arguments.pop(each) for each in ("decay", "rate") if each in arguments}
+        model = Model(name, base, int(rank) if rank else None, int(k or 3), arguments, own)
         try:
             with torch.device("meta"):  # which draws no random numbers
                 model.residual(8, available=1, channel_dim=1)
@@ -82,12 +85,10 @@ class Model:
             raise argparse.ArgumentTypeError(f"{name!r}: {error}") from None
         return model
 
-    def residual(
-        self, dim: int, available: int, *, channel_dim: int, rank: int = 16, pa_rank: int | None = 16
-    ) -> nn.Module:
+    def residual(self, dim: int, available: int, *, channel_dim: int, rank: int = 16) -> nn.Module:
         """The residual connection of a layer that has `available` activations to look at.
 
-        rank and pa_rank, the latter for pa and rw+pa, are the ranks where the name gives none; None: h(x) = x.
+        rank is that of models whose name gives none.
         """
         k = min(self.k, available)  # a γ for an activation that is never there would not be trained
         given = {name: dim if value == "D" else value for name, value in self.arguments.items()}
@@ -99,7 +100,7 @@ class Model:
             case "lr" | "rw+lr":
                 return LAuReL_LR(dim, **{"rank": self.rank or rank, **options})
             case "pa" | "rw+pa":
-                return LAuReL_PA(dim, k, **{"rank": self.rank or pa_rank, **options})
+                return LAuReL_PA(dim, k, **{"rank": self.rank or rank, **options})
             case "rw+lr+pa":  # eq. 6: a low-rank pair for each activation
                 return LAuReL_PA(dim, k, **{"rank": self.rank or rank, "shared": False, **options})
         return Residual()
@@ -141,8 +142,8 @@ class Stage(nn.Module):
         """Adds residual layers that start with f(x) = 0."""
         for branch in branches:
             *_, affine = (layer for layer in branch.modules() if getattr(layer, "weight", None) is not None)
-            nn.init.zeros_(affine.weight)
-            nn.init.zeros_(affine.bias)
+            for p in affine.parameters():
+                nn.init.zeros_(p)
             self.branches.append(branch)
             self.residuals.append(Residual())
 

@@ -13,8 +13,9 @@ from comparison.study import Study
 class Monitor:
     """Shows the progress of all processes of a study: a live line in a terminal, a line an epoch elsewhere."""
 
-    def __init__(self, study: Study, seeds: Iterable[int], models: list[str], epochs: int) -> None:
-        self.study, self.seeds, self.models, self.epochs = study, list(seeds), models, epochs
+    def __init__(self, study: Study, seeds: Iterable[int], models: list[str], epochs: int, unit: str) -> None:
+        """Takes what is counted in a second: images or bytes."""
+        self.study, self.seeds, self.models, self.epochs, self.unit = study, list(seeds), models, epochs, unit
         self.seen: dict[int, int] = {}  # how many epochs of each seed have been shown
         self.reported = (None, 0, 0.0)  # seed, epoch and time of the last report
         text = TextColumn("{task.description}", markup=False, table_column=Column(overflow="fold"))
@@ -35,7 +36,7 @@ class Monitor:
         self.reported = (seed, tested, time.monotonic())
         models = [f"{name} {state(history)}" for name, history in histories.items() if history]
         shown = f"{', '.join(models)}; " if models else ""
-        text = f"{shown}{speed:.0f} images/s"
+        text = f"{shown}{speed:.0f} {self.unit}/s"
         self.study.report(seed, {"models": list(histories), "work": work, "tested": tested, "text": text})
         self.refresh()
 
@@ -62,4 +63,5 @@ def state(history: list[dict]) -> str:
     last = history[-1]
     if last["train_loss"] is None:
         return "diverged"
-    return f"{last['test_loss']:.3f} {100 * last['test_accuracy']:.2f} %"
+    accuracy = "" if last["test_accuracy"] is None else f" {100 * last['test_accuracy']:.2f} %"
+    return f"{last['test_loss']:.3f}{accuracy}"

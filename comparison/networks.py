@@ -1,4 +1,4 @@
-"""The convolutional networks that the residual connections are compared in.
+"""The networks that the residual connections are compared in, and the convolutional ones among them.
 
 Every network has `stages`, each with its `branches` f and its `residuals`. All models share f: the same layers with the
 same initial weights for a seed. A residual connection draws its random numbers apart, so it shifts none of f's: with
@@ -18,7 +18,8 @@ from comparison.data import seeded
 from comparison.device import out_of_memory
 from comparison.folder import Data
 from comparison.models import Model, PostActivationStage, Residual, Stage, residual_layers
-from comparison.transformers import ViT
+from comparison.text import Text
+from comparison.transformers import GPT, ViT
 
 
 class SmallCNN(nn.Module):
@@ -182,7 +183,7 @@ class BlockStage(nn.Sequential):
 
 
 def build(arch: str, model: Model, seed: int, data: Data, smallest: int | None = None) -> nn.Module:
-    """Returns the network of a model for the classes of the data.
+    """Returns the network of a model for the data.
 
     Args:
         smallest: the size of the smallest images that it will see, in pixels; the data's by default.
@@ -190,6 +191,8 @@ def build(arch: str, model: Model, seed: int, data: Data, smallest: int | None =
     Raises:
         UserError: such images vanish on their way through the network.
     """
+    if isinstance(data, Text):
+        return ARCHS[arch](model, seed, data)
     size = smallest or data.size
     try:
         network = ARCHS[arch](model, seed, data)
@@ -225,7 +228,12 @@ ARCHS: dict[str, Callable[..., nn.Module]] = {
     "vit": ViT,
     "resnet18": partial(ImageNetResNet, block=BasicBlock, layers=(2, 2, 2, 2)),
     "resnet50": ImageNetResNet,
+    "gpt6": partial(GPT, layers=6),
+    "gpt": GPT,
+    "gpt24": partial(GPT, layers=24, dim=96, head=48),
+    "table5": partial(GPT, layers=24, dim=768),
 }
+TEXT_ARCHS = ("gpt6", "gpt", "gpt24", "table5")
 
 
 def learned(network: nn.Module) -> dict[str, dict[str, float]]:

@@ -27,7 +27,10 @@ def draw(out: Path, config: dict, runs: list[dict]) -> list[Path]:
 
 
 def figures(config: dict, runs: list[dict]) -> dict[str, "Figure"]:
-    """accuracy.png, curves.png, differences.png, parameters.png and learned.png: those that there is something for."""
+    """accuracy.png (of text loss.png), curves.png, differences.png, parameters.png and learned.png.
+
+    Those that there is something for.
+    """
     summary = [entry for entry in summarize(runs, config["against"]) if entry["finished"]]
     runs = [run for run in runs if not run.get("diverged")]
     by_model = {entry["model"]: [run for run in runs if run["model"] == entry["model"]] for entry in summary}
@@ -36,7 +39,7 @@ def figures(config: dict, runs: list[dict]) -> dict[str, "Figure"]:
         for i, name in enumerate(by_model)
     }
     drawn = {
-        "accuracy.png": draw_accuracy(by_model, style) if summary else None,
+        **draw_course(by_model, style),
         "curves.png": draw_curves(by_model, config["against"], style),
         "differences.png": draw_differences(summary, config["against"]),
         "parameters.png": draw_parameters(summary, config["against"], style),
@@ -53,18 +56,24 @@ def subplots(*shape: int, figsize: tuple[float, float], **options) -> tuple:
     return figure, figure.subplots(*shape, **options)
 
 
-def draw_accuracy(by_model: dict[str, list[dict]], style: dict) -> "Figure":
-    """Test accuracy over training time: mean and standard deviation over the seeds after each epoch."""
+def draw_course(by_model: dict[str, list[dict]], style: dict) -> dict[str, "Figure"]:
+    """Accuracy, or the loss of text, over training time: mean and standard deviation over the seeds by epoch."""
+    if not by_model:
+        return {}
+    run = next(iter(by_model.values()))[0]
+    name, field, factor, label = "accuracy.png", "test_accuracy", 100, "test accuracy (%)"
+    if run["test_accuracy"] is None:
+        name, field, factor, label = "loss.png", "test_loss", 1, "test loss (nats per byte)"
     figure, axes = subplots(figsize=(8, 5))
-    for name, mine in by_model.items():
+    for model, mine in by_model.items():
         seconds = over_seeds([list(accumulate(e["seconds"] for e in run["history"])) for run in mine])[0]
-        mean, sd = over_seeds([[100 * e["test_accuracy"] for e in run["history"]] for run in mine])
-        axes.plot(seconds, mean, label=name, **style[name])
-        axes.fill_between(seconds, mean - sd, mean + sd, alpha=0.15, color=style[name]["color"])
-    axes.set(xlabel="training time (s)", ylabel="test accuracy (%)")
+        mean, sd = over_seeds([[factor * e[field] for e in run["history"]] for run in mine])
+        axes.plot(seconds, mean, label=model, **style[model])
+        axes.fill_between(seconds, mean - sd, mean + sd, alpha=0.15, color=style[model]["color"])
+    axes.set(xlabel="training time (s)", ylabel=label)
     axes.grid(alpha=0.3)
     axes.legend()
-    return figure
+    return {name: figure}
 
 
 def draw_curves(by_model: dict[str, list[dict]], against: str, style: dict) -> "Figure | None":

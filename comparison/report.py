@@ -15,7 +15,11 @@ class Measure(NamedTuple):
     form: str
 
 
-MEASURES = (Measure("test loss", "test_loss", 1, ".4f"), Measure("test accuracy %", "test_accuracy", 100, ".2f"))
+MEASURES = (
+    Measure("test loss", "test_loss", 1, ".4f"),
+    Measure("test accuracy %", "test_accuracy", 100, ".2f"),
+    Measure("bits per byte", "bits_per_byte", 1, ".4f"),
+)
 
 
 def measured(summary: list[dict]) -> list[Measure]:
@@ -99,7 +103,9 @@ def title(config: dict) -> str:
     return ", ".join(
         [
             config["data"],
-            f"{config['training_images']:,} training images",
+            f"{config['training_images']:,} training images"
+            if "training_images" in config
+            else f"{config['training_bytes']:,} training bytes an epoch",
             f"{epochs} epoch{'s' * (epochs > 1)}",
             f"{config['device_name']}, {config['precision']}",
             *([f"{config['processes']} processes"] if config["processes"] > 1 else []),

@@ -23,14 +23,23 @@ ROOT = Path(__file__).resolve().parents[1]
 # What may change from command to command: which runs a study has, and what no number depends on.
 FREE = ("models", "seeds", "against", "parallel", "workers", "data_dir", "out", "draw", "seconds", "network", "gpt")
 FREE += ("python", "torchvision", "git_commit")
-FACTS = ("data", "training_images", "test_images", "processes", "device_name", "torch")  # all else is an option
+FACTS = (
+    "data",
+    "training_images",
+    "test_images",
+    "training_bytes",
+    "test_bytes",
+    "processes",
+    "device_name",
+    "torch",
+)  # all else is an option
 # What the table and the pictures need of results.json
-NUMBER = (int, float)
-CONFIG_FIELDS = {"data": str, "training_images": int, "epochs": int, "seeds": list, "models": list, "device_name": str}
+NUMBER, NONE = (int, float), type(None)
+CONFIG_FIELDS = {"data": str, "epochs": int, "seeds": list, "models": list, "device_name": str}
 CONFIG_FIELDS |= {"precision": str, "compile": bool}
-RUN_FIELDS = {"model": str, "seed": int, "parameters": int, "test_accuracy": NUMBER, "train_seconds": NUMBER}
-RUN_FIELDS |= {"images_per_second": NUMBER, "compile_seconds": NUMBER, "learned": dict, "history": list}
-EPOCH_FIELDS = {"seconds": NUMBER, "test_accuracy": NUMBER}
+RUN_FIELDS = {"model": str, "seed": int, "parameters": int, "test_accuracy": (*NUMBER, NONE), "train_seconds": NUMBER}
+RUN_FIELDS |= {"compile_seconds": NUMBER, "learned": dict, "history": list}
+EPOCH_FIELDS = {"seconds": NUMBER, "test_accuracy": (*NUMBER, NONE)}
 NOT_IN_CSV = ("learned", "history", "step_ratio_quartiles")
 
 
@@ -66,9 +75,9 @@ def configuration(options: Mapping) -> dict:
 
 def check_fields(place: str, content: object, fields: dict) -> None:
     for name, kind in fields.items():
-        value = content.get(name) if isinstance(content, dict) else None
+        value = content.get(name, ...) if isinstance(content, dict) else ...
         if not isinstance(value, kind):
-            raise UserError(f"{place} has {'no ' if value is None else f'{value!r} for '}{name}")
+            raise UserError(f"{place} has {'no ' if value is ... else f'{value!r} for '}{name}")
 
 
 def check_against(against: str | None, models: Iterable[str]) -> None:
@@ -81,7 +90,7 @@ def complete(config: dict, runs: list[dict]) -> tuple[dict, list[dict]]:
     config = {"against": "residual", "accumulate": 1, "processes": 1, **config}
     if isinstance(config.get("seeds"), int):
         config["seeds"] = list(range(config["seeds"]))
-    added = ("test_loss", "step_ratio", "step_ratio_quartiles")
+    added = ("test_loss", "bits_per_byte", "step_ratio", "step_ratio_quartiles")
     return config, [run | {name: run.get(name) for name in added} if isinstance(run, dict) else run for run in runs]
 
 

@@ -12,19 +12,44 @@ from comparison.models import Model, Stage
 class Attention(nn.Module):
     """Self-attention with heads of 64 channels."""
 
-    def __init__(self, dim: int, causal: bool) -> None:
+    def __init__(self, dim: int) -> None:
         super().__init__()
-        self.causal, self.qkv, self.out = causal, nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, -1, 64)).permute(2, 0, 3, 1, 4)  # (N, heads, length, 64) each
-        return self.out(F.scaled_dot_product_attention(q, k, v, is_causal=self.causal).transpose(1, 2).flatten(2))
+        q, k, v = heads(self.qkv(x), 64)
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
-def transformer_layer(dim: int, causal: bool) -> tuple[nn.Sequential, nn.Sequential]:
-    """The two branches of a pre-norm layer: LayerNorm, attention; LayerNorm, linear D → 4D, GELU, linear 4D → D."""
-    mlp = (nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
-    return nn.Sequential(nn.LayerNorm(dim), Attention(dim, causal)), nn.Sequential(nn.LayerNorm(dim), *mlp)
+class CausalAttention(nn.Module):
+    """Self-attention under a causal mask, with normalised queries and keys and rotary positions (Su et al. 2021)."""
+
+    def __init__(self, dim: int, head: int) -> None:
+        super().__init__()
+        self.head, self.qkv, self.out = head, nn.Linear(dim, 3 * dim, bias=False), nn.Linear(dim, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = heads(self.qkv(x), self.head)
+        angles = torch.arange(x.shape[1], device=x.device)[:, None] * 10000 ** (
+            torch.arange(0, -self.head, -2, device=x.device) / self.head
+        )
+        cos, sin = angles.cos().to(v.dtype), angles.sin().to(v.dtype)  # (length, head / 2)
+        q, k = (rotate(F.rms_norm(each, (self.head,)), cos, sin) for each in (q, k))
+        return self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+
+
+def heads(qkv: Tensor, size: int) -> Tensor:
+    """(N, length, 3D) to queries, keys and values (N, heads, length, size) each."""
+    return qkv.unflatten(-1, (3, -1, size)).permute(2, 0, 3, 1, 4)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
+
+
+def mlp(dim: int, bias: bool) -> tuple[nn.Module, ...]:
+    return nn.LayerNorm(dim), nn.Linear(dim, 4 * dim, bias), nn.GELU(), nn.Linear(4 * dim, dim, bias)
 
 
 class ViT(nn.Module):
@@ -42,13 +67,17 @@ class ViT(nn.Module):
         with seeded(seed):
             self.embedding = nn.Linear(3 * self.patch**2, dim)
             self.position = nn.Parameter(0.02 * torch.randn(dim, grid, grid))
-            branches = [branch for _ in range(layers) for branch in transformer_layer(dim, causal=False)]
+            branches = [branch for _ in range(layers) for branch in self.layer(dim)]
             self.head = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, data.classes))
         stage = Stage(nn.Identity(), branches, dim, model, 1000 * seed + 1, channel_dim=-1)
         self.stages = nn.ModuleList([stage])
         if model.base == "deeper":
             with seeded(1000 * seed + 999):
-                stage.deepen(*transformer_layer(dim, causal=False))
+                stage.deepen(*self.layer(dim))
+
+    @staticmethod
+    def layer(dim: int) -> tuple[nn.Sequential, nn.Sequential]:
+        return nn.Sequential(nn.LayerNorm(dim), Attention(dim)), nn.Sequential(*mlp(dim, bias=True))
 
     def forward(self, x: Tensor) -> Tensor:
         position = resize(self.position, x.shape[-1] // self.patch).flatten(1)  # (D, patches)
@@ -58,28 +87,37 @@ class ViT(nn.Module):
 
 
 class GPT(nn.Module):
-    """A pre-norm transformer (N, length) → (N, length, 256 logits), whose costs `--profile` sets beside table 5's.
+    """A pre-norm transformer for bytes, (N, length) → logits (N, length, 256): D = 128, 12 layers, 2 heads.
 
-    Each layer has two residual connections, around attention with a causal mask and around the MLP. The vocabulary is
-    that of bytes, so that embedding and logits hardly add to the costs that the residual connections are compared with.
-    `deeper` has one more layer.
+    Embedding → layers with two residual connections each, around attention and around LayerNorm, linear D → 4D, GELU,
+    linear 4D → D → LayerNorm → linear, without biases. Every f starts at zero, as its last projection does (nanochat,
+    modded-nanogpt). The logits hardly add to the costs that the residual connections are compared with. `deeper` has
+    one more layer, at the end.
     """
 
     vocabulary = 256
 
-    def __init__(self, model: Model, dim: int, layers: int, length: int) -> None:
+    def __init__(
+        self, model: Model, seed: int, data: Data | None = None, dim: int = 128, layers: int = 12, head: int = 64
+    ) -> None:
         super().__init__()
-        with seeded(0):
+        with seeded(seed):
             self.embedding = nn.Embedding(self.vocabulary, dim)
-            self.position = nn.Parameter(0.02 * torch.randn(length, dim))
-            branches = [branch for _ in range(layers) for branch in transformer_layer(dim, causal=True)]
+            branches = [branch for _ in range(layers) for branch in self.layer(dim, head)]
             self.head = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, self.vocabulary, bias=False))
-        options = {"channel_dim": -1, "rank": 32, "pa_rank": None}
-        stage = Stage(nn.Identity(), branches, dim, model, seed=1, **options)
+        stage = Stage(nn.Identity(), branches, dim, model, 1000 * seed + 1, channel_dim=-1, rank=32)
         self.stages = nn.ModuleList([stage])
         if model.base == "deeper":
-            with seeded(999):
-                stage.deepen(*transformer_layer(dim, causal=True))
+            with seeded(1000 * seed + 999):
+                stage.deepen(*self.layer(dim, head))
+
+    @staticmethod
+    def layer(dim: int, head: int) -> tuple[nn.Sequential, nn.Sequential]:
+        attention = CausalAttention(dim, head)
+        branches = nn.Sequential(nn.LayerNorm(dim, bias=False), attention), nn.Sequential(*mlp(dim, bias=False))
+        for last in (attention.out, branches[1][-1]):
+            nn.init.zeros_(last.weight)
+        return branches
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.head(self.stages[0](self.embedding(tokens) + self.position[: tokens.shape[-1]]))
+        return self.head(self.stages[0](self.embedding(tokens)))

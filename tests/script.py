@@ -96,7 +96,7 @@ def runs_of(accuracies: dict[str, list[float]], **more) -> list[dict]:
     common = {"parameters": 10, "train_seconds": 1.0, "images_per_second": 1.0, "compile_seconds": 0.0}
     common |= {"step_ratio": 1.0, "step_ratio_quartiles": [0.9, 1.2], **more}
     return [
-        {"model": model, "seed": seed, "test_accuracy": value, "test_loss": 1 - value, **common}
+        {"model": model, "seed": seed, "test_accuracy": value, "test_loss": 1 - value, "bits_per_byte": None, **common}
         for model, values in accuracies.items()
         for seed, value in enumerate(values)
     ]

@@ -1,5 +1,6 @@
 import csv
 import json
+import math
 import os
 import re
 import shlex
@@ -113,6 +114,38 @@ def test_the_same_command_gives_the_same_numbers(finished, tmp_path):
     assert again["test_accuracy"] == before["test_accuracy"]
     assert again["history"][0]["train_loss"] == before["history"][0]["train_loss"]
     assert again["learned"] == before["learned"]
+
+
+def test_a_study_of_text_has_bits_per_byte_in_place_of_accuracy(tmp_path, capsys):
+    options = ["--dataset", "synthetic", "--arch", "gpt6", "--limit", "16", "--epochs", "2", "--seeds", "2"]
+    assert Test.main([*options, "--models", "residual", "pa:rank=none", "--out", str(tmp_path)]) == 0
+    runs = json.loads((tmp_path / "results.json").read_text())["runs"]
+    for one in runs:
+        assert one["test_accuracy"] is one["history"][-1]["test_accuracy"] is None
+        assert one["bits_per_byte"] == pytest.approx(one["test_loss"] / math.log(2))
+        assert one["bytes_per_second"] == pytest.approx(2 * 16 * 256 / one["train_seconds"])
+        assert one["history"][-1]["test_loss"] == one["test_loss"] < math.log(256) + 1
+    said = capsys.readouterr().out
+    assert "4,096 training bytes an epoch" in said
+    assert re.search(r"\d+ bytes/s", said)
+    header = next(line for line in said.splitlines() if line.startswith("| model"))
+    assert "bits per byte" in header
+    assert "accuracy" not in header
+    assert (tmp_path / "loss.png").exists()
+    assert not (tmp_path / "accuracy.png").exists()
+    assert Test.main(["--draw", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.endswith(said[said.rindex("SYNTHETIC") :])
+
+
+def test_text_and_images_have_networks_of_their_own(capsys):
+    assert Test.parse(["--dataset", "enwik8"]).arch == "gpt"
+    assert Test.parse(["--arch", "gpt24"]).dataset == "enwik8"
+    assert (Test.parse([]).arch, Test.parse([]).dataset) == ("small", "cifar10")
+    for options in (["--dataset", "enwik8", "--arch", "small"], ["--dataset", "cifar10", "--arch", "gpt"]):
+        with pytest.raises(SystemExit) as error:
+            Test.parse(options)
+        assert error.value.code == 2
+        assert f"{' '.join(options[:2])} goes with --arch " in capsys.readouterr().err
 
 
 def test_a_cpu_may_have_a_number(tmp_path):

@@ -51,7 +51,7 @@ def test_a_models_name_sets_the_arguments_of_its_blocks():
     assert (lr.init, lr.scale, lr.rank, lr.residual_weights) == ("orthogonal", 0.5, 2, True)
     assert (identity.rank, identity.k) == (None, 2)
     assert apart.A.shape[0] == 3
-    assert Model.parse("rw+lr:decay=0.1").decay == 0.1
+    assert Model.parse("rw+lr:decay=0.1,rate=3").own == {"block_decay": 0.1, "block_rate": 3.0}
 
 
 def test_weight_decay_in_a_models_name_is_its_blocks_alone(data):

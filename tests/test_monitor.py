@@ -33,7 +33,7 @@ def test_plain_lines_where_the_output_is_no_terminal(finished):
 def test_the_time_left_is_that_of_what_was_done_since(study, capsys, monkeypatch):
     """What a resumed seed had done before says nothing of the speed."""
     for seed, resumed, expected in ((0, False, "1:00 min left"), (1, True, "0:50 min left")):
-        monitor, clock = Monitor(study, [seed], ["residual"], 4), [0.0]
+        monitor, clock = Monitor(study, [seed], ["residual"], 4, "images"), [0.0]
         monitor.bar.get_time = lambda clock=clock: clock[0]
         monkeypatch.setattr("comparison.monitor.time.monotonic", monitor.bar.get_time)
         reports = [(0, 0.25, 1), (10, 0.3, 1), (30, 0.5, 2)] if resumed else [(0, 0.25, 0), (30, 0.5, 1)]
@@ -43,7 +43,7 @@ def test_the_time_left_is_that_of_what_was_done_since(study, capsys, monkeypatch
 
 
 def test_what_another_process_reports_is_shown_too(study, capsys):
-    here, there = (Monitor(study, [0, 1], ["residual", "rw"], 4) for _ in range(2))
+    here, there = (Monitor(study, [0, 1], ["residual", "rw"], 4, "images") for _ in range(2))
     here.report(0, 0.1, 100.0, {"residual": [], "rw": []})
     there.report(1, 0.1, 100.0, {"residual": [], "rw": []})
     here.refresh()
@@ -60,7 +60,7 @@ def test_a_seed_is_reported_once_a_second_and_after_each_epoch(study, monkeypatc
     reports, clock = [], [0.0]
     monkeypatch.setattr(Study, "report", lambda self, seed, progress: reports.append((clock[0], progress["tested"])))
     monkeypatch.setattr("comparison.monitor.time.monotonic", lambda: clock[0])
-    monitor = Monitor(study, [0], ["residual"], 4)
+    monitor = Monitor(study, [0], ["residual"], 4, "images")
     for clock[0], epochs in ((0.0, 0), (0.5, 0), (0.9, 1), (1.5, 1), (2.0, 1)):
         monitor.report(0, 0.1, 100.0, {"residual": [EPOCH] * epochs})
     assert reports == [(0.0, 0), (0.9, 1), (2.0, 1)]

@@ -62,7 +62,7 @@ def test_pictures_show_the_numbers_of_the_table():
         heights = band.get_paths()[0].vertices[:, 1]
         assert (heights.min(), heights.max()) == pytest.approx((factor * low, factor * high))
     assert "training loss" in curves[0].get_title()
-    for panel, measure in zip(differences, MEASURES, strict=True):
+    for panel, measure in zip(differences, MEASURES[:2], strict=True):
         (bar,) = panel.collections
         (segment,) = bar.get_segments()
         assert segment[:, 0] == pytest.approx(entry[measure.field]["interval"])

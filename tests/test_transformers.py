@@ -18,7 +18,7 @@ def test_a_gpt_learns_characters_from_pythons_documentation(name):
     text = torch.tensor(list("".join(topics.values()).encode()))
     frequencies = text.bincount().double() / len(text)
     entropy = -(frequencies * frequencies.log()).nansum()
-    net = GPT(Model.parse(name), 64, 2, 64)
+    net = GPT(Model.parse(name), 0, dim=64, layers=2)
     adam = torch.optim.AdamW(net.parameters(), lr=3e-3, weight_decay=0.0)
     generator, losses = torch.Generator().manual_seed(0), []
     for _ in range(200):
@@ -36,6 +36,40 @@ def test_a_gpt_learns_characters_from_pythons_documentation(name):
             assert (p != start.get(key.rpartition(".")[2], 0.0)).any(), key
 
 
+def test_no_byte_is_predicted_from_those_that_follow():
+    net, tokens = GPT(Model.parse("pa"), 0, dim=64, layers=2), torch.arange(20)[None]
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    changed = tokens.clone()
+    changed[0, 12:] = 99
+    before, after = net(tokens), net(changed)
+    torch.testing.assert_close(before[0, :12], after[0, :12])
+    assert (before[0, 12:] - after[0, 12:]).abs().amax(dim=-1).min() > 0.01
+
+
+def test_a_gpt_knows_the_distance_of_bytes_and_not_their_place():
+    """Rotary positions: the same bytes behind the same number of others have the same logits, wherever they stand."""
+    net = GPT(Model.parse("residual"), 0, dim=64, layers=1)
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    attention = net.stages[0].branches[0]
+    x = torch.randn(1, 1, 64).expand(1, 9, 64).contiguous()
+    x[0, 4] = torch.randn(64)
+    out = attention(x)[0]
+    assert not torch.allclose(out[5], out[6], atol=1e-4)  # one byte further from the other one
+    torch.testing.assert_close(out[0], out[3])
+
+
+@pytest.mark.parametrize("arch", ["gpt6", "gpt", "gpt24"])
+def test_all_models_of_a_gpt_start_as_one_function_of_embeddings_alone(arch):
+    tokens = torch.randint(256, (1, 12))
+    plain = ARCHS[arch](Model.parse("residual"), 0, None)
+    logits = plain(tokens)
+    torch.testing.assert_close(logits, plain.head(plain.embedding(tokens)), rtol=0, atol=0)
+    for name in ("deeper", "rw", "lr", "pa", "pa:rank=none", "rw+lr+pa"):
+        torch.testing.assert_close(ARCHS[arch](Model.parse(name), 0, None)(tokens), logits, rtol=0, atol=0)
+
+
 def test_a_vit_sees_images_of_every_size_of_the_recipe(data):
     net = ARCHS["vit"](Model.parse("residual"), 0, data)
     for size in (16, 24, 32):
@@ -48,7 +82,7 @@ def test_what_the_gpt_keeps_for_the_backward_pass():
     tokens = torch.zeros(4, 256, dtype=torch.long)
 
     def saved(name: str) -> int:
-        model = GPT(Model.parse(name), 768, 4, 256)
+        model = GPT(Model.parse(name), 0, dim=768, layers=4)
         return saved_bytes(model, lambda: F.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten()))
 
     plain = saved("residual")
