@@ -40,25 +40,25 @@ class LAuReL_PA(nn.Module):
     list of activations, and the block looks at its last k, or at as many as there are. Start a new list where the
     shape changes (a down-sampling stage); the paper leaves open how PA crosses one. Two cases need a copy:
 
-    - ``checkpoint(residual, tuple(xs), fx, use_reentrant=False)``: activation checkpointing calls the block again
-      when a list that it was given has grown, and would compute other values, and gradients, without an error.
+    - ``checkpoint(residual, tuple(xs), fx, use_reentrant=False)``: when it calls the block again, a list has grown.
     - ``residual(xs[-k:], fx)`` where blocks are compiled one by one: each length of a list is compiled anew.
 
     By default it adds 2rD + k parameters; with ``rank=None``, h(x) = x, it adds k. ``residual_weights=True`` is RW+PA,
     and together with ``shared=False`` RW+LR+PA (eq. 6), which adds 2rkD + k + 2.
 
-    The paper leaves open where γ starts: here B starts at zero and γ at 1, or, with the identity h, γ at 0, and the
-    block as the plain residual, to the last bit, unless ``scale`` is changed. Keep weight decay off γ and ``w``.
-    A loop that fills every matrix of a model, as nn.Transformer's does, fills B too: call ``reset_parameters()`` after.
+    B starts at zero and gamma at 1, or, with the identity h, gamma at 0, which the paper leaves open, and the block as
+    the plain residual, to the last bit, unless ``scale`` is changed. ``gamma_gain``, a factor on gamma, is 1/k where h
+    is low-rank, so that its k terms together move as fast as LR's one. Keep weight decay off gamma and ``w``. A loop
+    that fills every matrix of a model, as nn.Transformer's does, fills B too: call ``reset_parameters()`` after it.
 
     Args:
         dim: D, the size of the channel dimension.
         k: how many activations to look at; the paper has 3.
         rank: r. ``None``: h is the identity.
-        shared: one pair A, B for all k activations (§2.3), or one for each (eq. 6). ``rank=None`` ignores it.
+        shared: one pair A, B for all k activations (§2.3), or one for each (eq. 6); ``rank=None`` ignores it.
         residual_weights: learn α and β too.
-        init: how A starts. ``"xavier"``: uniform within ±√(6 / (r + D)), the paper's choice for ResNet-50.
-            ``"orthogonal"``: its column-orthogonal pattern for LLMs, A[i mod r, i] = 1/√(rD), else 0.
+        init: how A starts. ``"orthogonal"``: the paper's column-orthogonal pattern for LLMs, A[i mod r, i] = 1/√(rD),
+            else 0. ``"xavier"``: uniform within ±√(6 / (r + D)), its choice for ResNet-50; A x is r times as large.
         bound: ``"softmax"``: (α, β) = scale · softmax(w); ``"sigmoid"``: scale · σ(w); ``"single"``: α = scale · σ(w),
             β = scale − α; ``"none"``: w. They start at scale / 2, or 1. Ignored without residual weights, as scale is.
         scale: the factor above; ``"none"`` ignores it.
@@ -67,12 +67,11 @@ class LAuReL_PA(nn.Module):
     Shape:
         - xs: a list or tuple of activations x_0, …, x_i, oldest first, not empty. The last k, f(x_i) and the output
           have the same shape, with size D at ``channel_dim``; the output has the dtype of ``x_i + f(x_i)``.
-        - gamma: (k,), gamma[j] belonging to x_{i-j}. A: (r, D), B: (D, r), or (k, r, D) and (k, D, r) where not shared.
-          w: (2,), or (1,) for ``"single"``.
+        - gamma: (k,); γ_j, the weight of x_{i-j}, is gamma_gain · gamma[j]. w: (2,), or (1,) for ``"single"``.
+          A: (r, D), B: (D, r), or (k, r, D) and (k, D, r) where not shared.
 
     Raises:
-        ValueError: an option out of its range, ``xs`` that is empty or no list, or shapes that do not fit.
-        TypeError: integer or boolean activations.
+        ValueError, TypeError: an option out of its range, ``xs`` empty or no list, shapes that do not fit; integers.
 
     Example:
         >>> residual, xs = LAuReL_PA(64, k=3, rank=8), [torch.randn(4, 10, 64)]
@@ -84,7 +83,7 @@ class LAuReL_PA(nn.Module):
 
     def __init__(
         self, dim: int, k: int = 3, rank: int | None = 16, *, shared: bool = True, residual_weights: bool = False,
-        init: str = "xavier", bound: str = "softmax", scale: float = 2.0, channel_dim: int = -1,
+        init: str = "orthogonal", bound: str = "softmax", scale: float = 2.0, channel_dim: int = -1,
     ) -> None:  # fmt: skip
         super().__init__()
         if dim < 1 or k < 1 or (rank is not None and rank < 1):
@@ -96,6 +95,7 @@ class LAuReL_PA(nn.Module):
             raise ValueError(f"scale must be positive and finite, got {scale}")
         self.dim, self.k, self.rank, self.shared, self.residual_weights = dim, k, rank, shared, residual_weights
         self.init, self.bound, self.scale, self.channel_dim = init, bound, scale, channel_dim
+        self.gamma_gain = 1.0 if rank is None else 1 / k
         pairs = () if shared else (k,)
         self.gamma = nn.Parameter(torch.empty(k))
         self.A = None if rank is None else nn.Parameter(torch.empty(*pairs, rank, dim))
@@ -143,7 +143,7 @@ class LAuReL_PA(nn.Module):
                 return self.forward(xs[::-1], fx)
         alpha, beta = self.weights()
         y = x + fx if beta is None else (fx * alpha + x * beta).to(dtype)  # alpha * fx would round α to bfloat16
-        gamma = self.gamma[: len(xs)] if beta is None else beta * self.gamma[: len(xs)]
+        gamma = (self.gamma_gain if beta is None else beta * self.gamma_gain) * self.gamma[: len(xs)]
         if self.rank is None:
             for weight, each in zip(gamma.unbind(), xs):
                 y = y + each * weight

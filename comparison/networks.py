@@ -17,7 +17,7 @@ from comparison.console import UserError
 from comparison.data import seeded
 from comparison.device import out_of_memory
 from comparison.folder import Data
-from comparison.models import Model, PostActivationStage, Residual, Stage, residual_layers
+from comparison.models import LAuReL_PA, Model, PostActivationStage, Residual, Stage, residual_layers
 from comparison.text import Text
 from comparison.transformers import GPT, ViT
 
@@ -245,7 +245,8 @@ def learned(network: nn.Module) -> dict[str, dict[str, float]]:
     for i, stage in enumerate(network.stages, 1):
         for j, residual in enumerate(stage.residuals, 1):
             found = {name: getattr(residual, name, None) for name in ("alpha", "beta")}
-            found |= {f"gamma[{n}]": gamma for n, gamma in enumerate(getattr(residual, "gamma", ()))}
+            if isinstance(residual, LAuReL_PA):
+                found |= {f"gamma[{n}]": residual.gamma_gain * gamma for n, gamma in enumerate(residual.gamma)}
             for name, value in found.items():
                 if value is not None:
                     values.setdefault(name, {})[f"{i}.{j}"] = value.mean().item()

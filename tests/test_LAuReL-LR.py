@@ -40,7 +40,7 @@ class TestLAuReLLR(BlockProperties):
 
 
 def test_xavier_fills_its_range():
-    block = LAuReL_LR(512, rank=64)
+    block = LAuReL_LR(512, rank=64, init="xavier")
     limit = (6 / (512 + 64)) ** 0.5
     assert 0.99 * limit < block.A.abs().max() <= limit
     assert abs(block.A.mean()) < 0.02 * limit

@@ -55,7 +55,8 @@ class TestLAuReLPA(BlockProperties):
                 h = torch.einsum("dr,re,...e->...d", state["B"], state["A"], x)
             else:
                 h = torch.einsum("dr,re,...e->...d", state["B"][j], state["A"][j], x)
-            g = g + state["gamma"][j] * h
+            mean = 1 if options["rank"] is None else 1 / options["k"]
+            g = g + mean * state["gamma"][j] * h
         if not options.get("residual_weights"):
             return fx + g
         alpha, beta = bounded(state["w"], options.get("bound", "softmax"), options.get("scale", 2.0))
@@ -117,7 +118,7 @@ def test_orthogonal_init_has_the_papers_pattern(shared):
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_xavier_fills_its_range(shared):
-    block = LAuReL_PA(512, 3, 64, shared=shared)
+    block = LAuReL_PA(512, 3, 64, shared=shared, init="xavier")
     limit = (6 / (512 + 64)) ** 0.5
     assert 0.99 * limit < block.A.abs().max() <= limit
     assert (block.B == 0).all()

@@ -39,7 +39,7 @@ def test_seeds_differ_and_building_a_model_leaves_the_random_numbers_alone(data)
     torch.manual_seed(7)
     expected = torch.rand(3)
     torch.manual_seed(7)
-    states = [SmallCNN(Model.parse("rw+lr+pa"), seed, data).state_dict() for seed in (0, 1)]
+    states = [SmallCNN(Model.parse("rw+lr+pa:init=xavier"), seed, data).state_dict() for seed in (0, 1)]
     assert torch.equal(torch.rand(3), expected)
     for key in ("stages.0.branches.0.0.weight", "stages.0.residuals.0.A"):
         assert not torch.equal(states[0][key], states[1][key])

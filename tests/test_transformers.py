@@ -77,6 +77,27 @@ def test_a_vit_sees_images_of_every_size_of_the_recipe(data):
 
 
 @pytest.mark.slow
+def test_low_rank_pairs_do_not_keep_a_gpt_whose_branches_start_at_zero_from_learning():
+    """Twelve layers, everything in one AdamW at 0.003 without a warm-up. With A filled by Xavier it is 0.15 to 0.7."""
+    text = torch.tensor(list("".join(topics.values()).encode()))
+    ends = {}
+    for name in ("residual", "lr", "pa", "rw+lr+pa"):
+        net, losses = GPT(Model.parse(name), 0, dim=64), []
+        adam = torch.optim.AdamW(net.parameters(), lr=3e-3, weight_decay=0.0)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(80):
+            start = torch.randint(len(text) - 65, (8, 1), generator=generator)
+            tokens = text[start + torch.arange(65)]
+            loss = F.cross_entropy(net(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+            adam.zero_grad()
+            loss.backward()
+            adam.step()
+            losses.append(loss.item())
+        ends[name] = statistics.mean(losses[-20:])
+    assert max(ends.values()) < ends["residual"] + 0.1, ends
+
+
+@pytest.mark.slow
 def test_what_the_gpt_keeps_for_the_backward_pass():
     """Ratios to the plain residual connection. They are exact, so that the bounds leave room for rounding alone."""
     tokens = torch.zeros(4, 256, dtype=torch.long)
@@ -87,11 +108,12 @@ def test_what_the_gpt_keeps_for_the_backward_pass():
 
     plain = saved("residual")
     for name, most in {
-        "rw": 1.1204,
-        "lr": 1.0050,
-        "pa": 1.0000,
-        "rw+lr": 1.1292,
-        "rw+pa": 1.1204,
-        "rw+lr+pa": 1.1435,
+        "rw": 1.1017,
+        "lr": 1.0042,
+        "pa": 1.0154,
+        "pa:rank=none": 1.0000,
+        "rw+lr": 1.1092,
+        "rw+pa": 1.1171,
+        "rw+lr+pa": 1.1212,
     }.items():
         assert saved(name) / plain < most + 0.0001, name
