@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from comparison.models import Model
 from comparison.networks import ARCHS
 from comparison.profile import saved_bytes
-from comparison.transformers import GPT
+from comparison.transformers import GPT, causal_attention
 
 
 @pytest.mark.parametrize("name", ["pa", "rw+lr+pa"])
@@ -34,6 +34,12 @@ def test_a_gpt_learns_characters_from_pythons_documentation(name):
     for key, p in net.named_parameters():
         if re.search(r"residuals\.\d+\.(w|B|gamma)$", key):
             assert (p != start.get(key.rpartition(".")[2], 0.0)).any(), key
+
+
+def test_causal_attention_is_that_of_torch():
+    q, k, v = torch.randn(3, 2, 3, 17, 8, dtype=torch.float64)
+    expected = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    torch.testing.assert_close(causal_attention(q, k, v), expected)
 
 
 def test_no_byte_is_predicted_from_those_that_follow():
