@@ -244,7 +244,7 @@ def recipe_for(arch: str, epochs: int, batch_size: int, data: Data) -> TrainUtil
     recipe = replace(recipe, epochs=epochs, batch_size=batch_size)
     if isinstance(data, Folder):  # the workers crop
         recipe = replace(recipe, sizes=((data.size, 1.0),))
-    return replace(recipe, lr=TRANSFORMER_LR) if arch == "vit" else recipe
+    return replace(recipe, lr=TRANSFORMER_LR, pair_lr=TRANSFORMER_LR) if arch == "vit" else recipe
 
 
 def check_sizes(options: argparse.Namespace, data: Data, recipe: TrainUtil.Recipe) -> None:

@@ -42,12 +42,14 @@ class Recipe:
     filter_lr: float = 0.24  # Muon, for the filters of the convolutions
     matrix_lr: float = 0.0  # Muon, for the matrices of the branches; 0: AdamW
     momentum: float = 0.6  # Muon's
-    # AdamW without weight decay, for all else: batch norm, classifier, the blocks' own parameters. Of 0.03, 0.01 and
-    # 0.003 for the latter, 0.03 was the worst; the other two could not be told apart.
-    lr: float = 0.01
+    lr: float = 0.01  # AdamW without weight decay, for all else: batch norm, embedding, head
     norm_bias_rate: float = 4.0  # a factor on it for the biases of batch norms (64 in Jordan 2024)
-    block_rate: float = 1.0  # a factor on it for the blocks' own parameters
-    block_decay: float = 0.0  # weight decay on these
+    # AdamW for the blocks' own parameters, w and gamma, A and B. Of 0.03, 0.01 and 0.003 for all of them, 0.03 was the
+    # worst in the small CNN; the other two could not be told apart.
+    scale_lr: float = 0.01
+    pair_lr: float = 0.01
+    block_rate: float = 1.0  # a factor on both
+    block_decay: float = 0.0  # weight decay on these parameters
     warmup: float = 0.05  # part of the steps over which the learning rates rise; then they fall linearly to zero
     label_smoothing: float = 0.1
     max_shift: int = 2  # pixels
@@ -79,6 +81,7 @@ TEXT = Recipe(
     matrix_lr=0.02,
     momentum=0.95,
     lr=0.003,
+    pair_lr=0.001,
     warmup=0.02,
     label_smoothing=0.0,
     max_shift=0,
@@ -122,30 +125,37 @@ def orthogonalize(matrix: Tensor, dtype: torch.dtype = torch.bfloat16, steps: in
 
 
 def optimizers(model: nn.Module, recipe: Recipe, precision: str = "float32") -> list[torch.optim.Optimizer]:
-    """Muon for filters and, with a matrix_lr, the branches' matrices; AdamW for all else, the blocks in a group."""
-    blocks = {p: None for module in model.modules() if isinstance(module, BLOCKS) for p in module.parameters()}
-    norms = (module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm))
-    biases = {module.bias: None for module in norms if module.bias is not None and module.bias not in blocks}
+    """Muon for filters and, with a matrix_lr, the branches' matrices; AdamW for all else, the blocks in groups."""
+    blocks = {p for module in model.modules() if isinstance(module, BLOCKS) for p in module.parameters()}
+    biases = {module.bias for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)}
     hidden = set()
     if recipe.matrix_lr:
         hidden = {p for stage in model.stages for branch in stage.branches for p in branch.parameters() if p.ndim == 2}
-    filters, matrices, others = [], [], []
+
+    def group(p: nn.Parameter) -> str:
+        if p in blocks:
+            return "scales" if p.ndim == 1 else "pairs"
+        if p in biases:
+            return "biases"
+        return "filters" if p.ndim == 4 else "matrices" if p in hidden else "others"
+
+    params: dict[str, list[nn.Parameter]] = {}
     for p in model.parameters():
-        if p.requires_grad and p not in blocks and p not in biases:
-            (filters if p.ndim == 4 else matrices if p in hidden else others).append(p)
-    groups = [
-        {"params": others},
-        {"params": [p for p in biases if p.requires_grad], "lr": recipe.lr * recipe.norm_bias_rate},
-        {
-            "params": [p for p in blocks if p.requires_grad],
-            "lr": recipe.lr * recipe.block_rate,
-            "weight_decay": recipe.block_decay,
-        },
-    ]
-    adam = torch.optim.AdamW(groups, recipe.lr, betas=(0.9, 0.95), weight_decay=0.0)
-    groups = [{"params": filters, "lr": recipe.filter_lr}, {"params": matrices, "lr": recipe.matrix_lr}]
-    groups = [group for group in groups if group["params"]]
-    return [Muon(groups, recipe.filter_lr, recipe.momentum, getattr(torch, precision)), adam] if groups else [adam]
+        if p.requires_grad:
+            params.setdefault(group(p), []).append(p)
+
+    def groups(**options: dict) -> list[dict]:
+        return [{"params": params[name], **each} for name, each in options.items() if name in params]
+
+    adam = groups(
+        others={"lr": recipe.lr},
+        biases={"lr": recipe.lr * recipe.norm_bias_rate},
+        scales={"lr": recipe.scale_lr * recipe.block_rate, "weight_decay": recipe.block_decay},
+        pairs={"lr": recipe.pair_lr * recipe.block_rate, "weight_decay": recipe.block_decay},
+    )
+    muon = groups(filters={"lr": recipe.filter_lr}, matrices={"lr": recipe.matrix_lr})
+    found = [torch.optim.AdamW(adam, betas=(0.9, 0.95), weight_decay=0.0)]
+    return [Muon(muon, recipe.filter_lr, recipe.momentum, getattr(torch, precision)), *found] if muon else found
 
 
 def digest(model: nn.Module) -> str:

@@ -17,6 +17,8 @@ from torch import nn
 
 import TrainUtil
 from comparison.data import Dataset
+from comparison.models import Model
+from comparison.transformers import GPT
 from TrainUtil import Muon, Recipe, orthogonalize, train
 
 
@@ -382,17 +384,33 @@ def test_every_parameter_is_in_one_group_whatever_blocks_are_called():
         Around(residuals=nn.ModuleList([TrainUtil.LAuReL_PA(8, shared=False, **options)])),
         nn.BatchNorm2d(8),
     )
-    muon, adam = TrainUtil.optimizers(model, Recipe(block_decay=0.1))
-    others, biases, blocks = (group["params"] for group in adam.param_groups)
+    recipe = Recipe(block_decay=0.1, block_rate=2.0, scale_lr=0.003, pair_lr=0.001)
+    muon, adam = TrainUtil.optimizers(model, recipe)
+    others, biases, scales, pairs = (group["params"] for group in adam.param_groups)
     (filters,) = (group["params"] for group in muon.param_groups)
-    every = [id(p) for group in (filters, others, biases, blocks) for p in group]
+    every = [id(p) for group in (filters, others, biases, scales, pairs) for p in group]
     assert sorted(every) == sorted(id(p) for p in model.parameters())
     assert {id(p) for p in filters} == {id(layer.f.weight) for layer in model[:2]}
     inside = [model[0].residual1, model[0].skip, model[1].residuals]
-    assert {id(p) for p in blocks} == {id(p) for block in inside for p in block.parameters()}
+    assert {id(p) for p in scales + pairs} == {id(p) for block in inside for p in block.parameters()}
+    assert {id(p) for p in pairs} == {id(p) for block in inside for n, p in block.named_parameters() if n[-1] in "AB"}
     assert [id(p) for p in biases] == [id(model[2].bias)]
-    assert [group["weight_decay"] for group in adam.param_groups] == [0.0, 0.0, 0.1]
-    assert [group["lr"] for group in adam.param_groups] == [0.01, 0.04, 0.01]
+    assert [group["weight_decay"] for group in adam.param_groups] == [0.0, 0.0, 0.1, 0.1]
+    assert [group["lr"] for group in adam.param_groups] == [0.01, 0.04, 0.006, 0.002]
+
+
+def test_muon_takes_the_matrices_of_a_gpts_branches_alone():
+    model = GPT(Model.parse("rw+lr"), 0, dim=64, layers=2)
+    muon, _ = TrainUtil.optimizers(model, TrainUtil.TEXT)
+    (group,) = muon.param_groups
+    assert sorted(map(id, group["params"])) == sorted(
+        id(module.weight)
+        for branch in model.stages[0].branches
+        for module in branch.modules()
+        if type(module) is nn.Linear
+    )
+    (adam,) = TrainUtil.optimizers(model, replace(TrainUtil.TEXT, matrix_lr=0.0))
+    assert isinstance(adam, torch.optim.AdamW)
 
 
 def test_evaluating_changes_nothing(data):
