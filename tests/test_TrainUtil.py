@@ -19,7 +19,7 @@ import TrainUtil
 from comparison.data import Dataset
 from comparison.models import Model
 from comparison.transformers import GPT
-from TrainUtil import Muon, Recipe, orthogonalize, train
+from TrainUtil import Recipe, train
 
 
 def test_images_grow_in_the_course_of_a_run(data):
@@ -46,30 +46,6 @@ def network() -> nn.Sequential:
         nn.Flatten(),
         nn.Linear(8, 10),
     )
-
-
-@pytest.mark.parametrize("shape", [(32, 288), (288, 32), (64, 64)])
-def test_orthogonalize_brings_all_singular_values_near_one(shape):
-    torch.manual_seed(0)
-    matrix = torch.randn(shape)
-    values = torch.linalg.svdvals(orthogonalize(matrix, steps=5))
-    assert values.max() < 1.3
-    assert values.median() > 0.6
-    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
-    assert (left.T @ orthogonalize(matrix, steps=5) @ right.T).diag().min() > 0  # along the singular vectors
-
-
-def test_muon_keeps_the_norm_of_a_filter_bank_and_ignores_the_scale_of_its_gradient():
-    results = []
-    for scale in (1.0, 100.0):
-        p = nn.Parameter(torch.randn(16, 8, 3, 3, generator=torch.Generator().manual_seed(0)))
-        optimizer = Muon([p], lr=0.1, momentum=0.6)
-        for step in range(3):
-            p.grad = scale * torch.randn(p.shape, generator=torch.Generator().manual_seed(step))
-            optimizer.step()
-        results.append(p.detach())
-    torch.testing.assert_close(*results, rtol=0, atol=0.02)
-    assert 3.5 < results[0].norm() < 4.5  # √16, before the last update
 
 
 def test_every_trainable_parameter_is_in_one_optimizer_without_weight_decay():

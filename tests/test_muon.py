@@ -1,0 +1,39 @@
+import pytest
+import torch
+from torch import nn
+
+from comparison.muon import Muon, orthogonalize
+
+
+@pytest.mark.parametrize("shape", [(32, 288), (288, 32), (64, 64)])
+def test_orthogonalize_brings_all_singular_values_near_one(shape):
+    torch.manual_seed(0)
+    matrix = torch.randn(shape)
+    values = torch.linalg.svdvals(orthogonalize(matrix, steps=5))
+    assert values.max() < 1.3
+    assert values.median() > 0.6
+    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+    assert (left.T @ orthogonalize(matrix, steps=5) @ right.T).diag().min() > 0  # along the singular vectors
+
+
+def test_muon_keeps_the_norm_of_a_filter_bank_and_ignores_the_scale_of_its_gradient():
+    results = []
+    for scale in (1.0, 100.0):
+        p = nn.Parameter(torch.randn(16, 8, 3, 3, generator=torch.Generator().manual_seed(0)))
+        optimizer = Muon([p], lr=0.1, momentum=0.6)
+        for step in range(3):
+            p.grad = scale * torch.randn(p.shape, generator=torch.Generator().manual_seed(step))
+            optimizer.step()
+        results.append(p.detach())
+    torch.testing.assert_close(*results, rtol=0, atol=0.02)
+    assert 3.5 < results[0].norm() < 4.5  # √16, before the last update
+
+
+def test_a_matrix_moves_by_its_learning_rate_in_every_direction():
+    """Each singular value of the step is about the learning rate, times the root of rows over columns where above 1."""
+    for shape, factor in (((16, 64), 1), ((64, 16), 2), ((32, 32), 1)):
+        p = nn.Parameter(5 * torch.randn(shape))
+        before, p.grad = p.detach().clone(), torch.randn(shape)
+        Muon([p], lr=0.1, momentum=0.9).step()
+        values = torch.linalg.svdvals(p.detach() - before)
+        assert 0.5 * 0.1 * factor < values.median() < 1.3 * 0.1 * factor
