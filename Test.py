@@ -81,6 +81,16 @@ def seeds(text: str) -> list[int]:
     return list(chosen)
 
 
+def rate(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a positive number, got {text!r}")
+    return value
+
+
 def path(text: str) -> Path:
     try:
         return Path(text).expanduser()
@@ -116,6 +126,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--arch", choices=ARCHS, help="medium trains longer, wide is for a GPU (default: small, or gpt for text)")
     add("--epochs", type=count, metavar="N", help=f"(default: {image.epochs}, or {text.epochs} for text)")
     add("--batch-size", type=count, metavar="N", help=f"(default: {image.batch_size}, or {text.batch_size} for text)")
+    one = "everything in one optimiser with --lr, in place of the recipe's Muon and AdamW"
+    add("--optimizer", choices=("adamw", "sgd"), help=one)
+    add("--lr", type=rate, metavar="X", help="its learning rate (default: 0.001 for adamw, 0.1 for sgd)")
     add("--seeds", type=seeds, default=[0, 1, 2], metavar="N", help="0 to N-1, or FIRST-LAST (default: 3)")
     add("--parallel", type=count, default=1, metavar="N", help="N processes, a seed each at a time (default: 1)")
     add("--threads", type=count, metavar="N", help="CPU threads of each (default: the cores divided by --parallel)")
@@ -173,6 +186,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if not options.profile and options.dataset != "synthetic" and text_arch != (options.dataset == "enwik8"):
         allowed = [arch for arch in ARCHS if (arch in TEXT_ARCHS) != text_arch]
         parser.error(f"--dataset {options.dataset} goes with --arch {', '.join(allowed)}, not with {options.arch}")
+    if options.lr and not options.optimizer:
+        parser.error("--lr goes with --optimizer")
+    if options.optimizer:
+        options.lr = options.lr or {"adamw": 0.001, "sgd": 0.1}[options.optimizer]
     recipe = text if text_arch else image
     options.epochs, options.batch_size = options.epochs or recipe.epochs, options.batch_size or recipe.batch_size
     options.out = options.out or Path("runs") / time.strftime("%Y-%m-%d-%H%M%S")
@@ -239,12 +256,14 @@ def load_data(options: argparse.Namespace) -> Data:
 TRANSFORMER_LR = 0.001  # for the ViT: a tenth of what the batch norms of the others bear
 
 
-def recipe_for(arch: str, epochs: int, batch_size: int, data: Data) -> TrainUtil.Recipe:
+def recipe_for(options: argparse.Namespace, data: Data) -> TrainUtil.Recipe:
     recipe = TrainUtil.TEXT if isinstance(data, Text) else TrainUtil.IMAGES
-    recipe = replace(recipe, epochs=epochs, batch_size=batch_size)
+    recipe = replace(recipe, epochs=options.epochs, batch_size=options.batch_size)
     if isinstance(data, Folder):  # the workers crop
         recipe = replace(recipe, sizes=((data.size, 1.0),))
-    return replace(recipe, lr=TRANSFORMER_LR, pair_lr=TRANSFORMER_LR) if arch == "vit" else recipe
+    if options.arch == "vit":
+        recipe = replace(recipe, lr=TRANSFORMER_LR, pair_lr=TRANSFORMER_LR)
+    return recipe.with_one(options.optimizer, options.lr) if options.optimizer else recipe
 
 
 def check_sizes(options: argparse.Namespace, data: Data, recipe: TrainUtil.Recipe) -> None:
@@ -296,7 +315,7 @@ def compare(options: argparse.Namespace, argv: list[str]) -> int:
     names = [model.name for model in options.models]
     try:
         data = load_data(options)
-        recipe = recipe_for(options.arch, options.epochs, options.batch_size, data)
+        recipe = recipe_for(options, data)
         check_sizes(options, data, recipe)
         config = configuration(vars(options)) | {"data": data.name, "recipe": asdict(recipe)}
         sizes = {"training": data.train_size, "test": data.test_size}
@@ -361,7 +380,7 @@ def run_follower(options: argparse.Namespace) -> int:
         mine = must_agree(options, data)
         if mine != first:
             raise UserError(f"this process has {mine}, the first one {first}", code=1)
-        recipe = recipe_for(options.arch, options.epochs, options.batch_size, data)
+        recipe = recipe_for(options, data)
         train_seed(seed, models, options, data, recipe, checkpoint=options.out)
     return 0
 

@@ -40,6 +40,7 @@ class Recipe:
 
     epochs: int = 3
     batch_size: int = 500
+    optimizer: str = "muon"  # with AdamW; "adamw" or "sgd": all parameters in one
     filter_lr: float = 0.24  # Muon, for the filters of the convolutions
     matrix_lr: float = 0.0  # Muon, for the matrices of the branches; 0: AdamW
     momentum: float = 0.6  # Muon's
@@ -57,6 +58,10 @@ class Recipe:
     # The images' size up to which part of the steps, by averaging over areas: early steps on small images cost little
     # (progressive resizing: Howard 2018, "Training Imagenet in 3 hours for USD 25; and CIFAR10 for USD 0.26").
     sizes: tuple[tuple[int, float], ...] = ((16, 0.3), (20, 0.5), (32, 1.0))
+
+    def with_one(self, optimizer: str, lr: float) -> "Recipe":
+        """All parameters in one "adamw" or "sgd" (momentum 0.9), at one learning rate."""
+        return replace(self, optimizer=optimizer, lr=lr, scale_lr=lr, pair_lr=lr, norm_bias_rate=1.0)
 
     def steps_per_epoch(self, n: int) -> int:
         return whole_batches(n, self.batch_size)
@@ -103,6 +108,8 @@ def optimizers(model: nn.Module, recipe: Recipe, precision: str = "float32") -> 
             return "scales" if p.ndim == 1 else "pairs"
         if p in biases:
             return "biases"
+        if recipe.optimizer != "muon":
+            return "others"
         return "filters" if p.ndim == 4 else "matrices" if p in hidden else "others"
 
     params: dict[str, list[nn.Parameter]] = {}
@@ -113,14 +120,16 @@ def optimizers(model: nn.Module, recipe: Recipe, precision: str = "float32") -> 
     def groups(**options: dict) -> list[dict]:
         return [{"params": params[name], **each} for name, each in options.items() if name in params]
 
-    adam = groups(
+    rest = groups(
         others={"lr": recipe.lr},
         biases={"lr": recipe.lr * recipe.norm_bias_rate},
         scales={"lr": recipe.scale_lr * recipe.block_rate, "weight_decay": recipe.block_decay},
         pairs={"lr": recipe.pair_lr * recipe.block_rate, "weight_decay": recipe.block_decay},
     )
     muon = groups(filters={"lr": recipe.filter_lr}, matrices={"lr": recipe.matrix_lr})
-    found = [torch.optim.AdamW(adam, betas=(0.9, 0.95), weight_decay=0.0)]
+    if recipe.optimizer == "sgd":
+        return [torch.optim.SGD(rest, momentum=0.9)]
+    found = [torch.optim.AdamW(rest, betas=(0.9, 0.95), weight_decay=0.0)]
     return [Muon(muon, recipe.filter_lr, recipe.momentum, getattr(torch, precision)), *found] if muon else found
 
 

@@ -148,6 +148,22 @@ def test_text_and_images_have_networks_of_their_own(capsys):
         assert f"{' '.join(options[:2])} goes with --arch " in capsys.readouterr().err
 
 
+def test_one_optimizer_has_a_rate_of_its_own(capsys):
+    for options, lr in (
+        (["--optimizer", "sgd"], 0.1),
+        (["--optimizer", "adamw"], 0.001),
+        (["--optimizer", "sgd", "--lr", "3"], 3.0),
+    ):
+        assert Test.parse(options).lr == lr
+    for options, part in (
+        (["--lr", "0.1"], "--lr goes with --optimizer"),
+        (["--lr", "0"], "must be a positive number, got '0'"),
+    ):
+        with pytest.raises(SystemExit):
+            Test.parse(options)
+        assert part in capsys.readouterr().err
+
+
 def test_a_cpu_may_have_a_number(tmp_path):
     options = [*SYNTHETIC, "--limit", "20", "--models", "rw", "--device", "cpu:0", "--out", str(tmp_path)]
     assert Test.main(options) == 0

@@ -18,6 +18,7 @@ from torch import nn
 import TrainUtil
 from comparison.data import Dataset
 from comparison.models import Model
+from comparison.networks import SmallCNN
 from comparison.transformers import GPT
 from TrainUtil import Recipe, train
 
@@ -373,6 +374,16 @@ def test_every_parameter_is_in_one_group_whatever_blocks_are_called():
     assert [id(p) for p in biases] == [id(model[2].bias)]
     assert [group["weight_decay"] for group in adam.param_groups] == [0.0, 0.0, 0.1, 0.1]
     assert [group["lr"] for group in adam.param_groups] == [0.01, 0.04, 0.006, 0.002]
+
+
+@pytest.mark.parametrize(("name", "kind"), [("adamw", torch.optim.AdamW), ("sgd", torch.optim.SGD)])
+def test_everything_may_be_in_one_optimizer_at_one_rate(data, name, kind):
+    model = SmallCNN(Model.parse("rw+lr"), 0, data)
+    (optimizer,) = TrainUtil.optimizers(model, replace(Recipe(), block_rate=3.0).with_one(name, 0.02))
+    assert isinstance(optimizer, kind)
+    of_blocks = {id(p) for stage in model.stages for p in stage.residuals.parameters()}
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert rates == {id(p): 0.06 if id(p) in of_blocks else 0.02 for p in model.parameters() if p.requires_grad}
 
 
 def test_muon_takes_the_matrices_of_a_gpts_branches_alone():
