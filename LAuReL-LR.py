@@ -35,8 +35,9 @@ class LAuReL_LR(nn.Module):
     r"""Adds a branch, its input and a low-rank map of its input: f(x) + x + B A x (LAuReL-LR, §2.2, eq. 3).
 
     With ``residual_weights=True`` it is RW+LR: α · f(x) + β · (x + B A x) (eq. 5). B starts at zero, and the block as
-    the plain residual, to the last bit, unless ``scale`` is changed. Keep weight decay off ``w``. A loop that fills
-    every matrix of a model, as nn.Transformer's does, fills B too: call ``reset_parameters()`` after it.
+    the plain residual, to the last bit, unless ``scale`` is changed. A loop that fills every matrix of a model, as
+    nn.Transformer's does, fills B too: call ``reset_parameters()`` after it. A and B may learn at the rate of the rest
+    (Adam: up to 0.003 was tried); give ``w`` a group without weight decay and with a learning rate of 0.01.
 
     Args:
         dim: D, the size of the channel dimension.

@@ -37,24 +37,24 @@ class LAuReL_PA(nn.Module):
     r"""Adds a branch, its input and the last k activations: f(x_i) + x_i + Σ γ_j h(x_{i-j}) (LAuReL-PA, §2.3, eq. 4).
 
     The sum runs over j = 0 … k−1, so x_i itself is in it. The block keeps nothing between calls: the caller owns the
-    list of activations, and the block looks at its last k, or at as many as there are. Start a new list where the
-    shape changes (a down-sampling stage); the paper leaves open how PA crosses one. Two cases need a copy:
+    list of activations, and the block looks at its last k, or at as many as there are. Start a new one where the shape
+    changes (a down-sampling stage), which the paper leaves open. Two cases need a copy:
 
     - ``checkpoint(residual, tuple(xs), fx, use_reentrant=False)``: when it calls the block again, a list has grown.
     - ``residual(xs[-k:], fx)`` where blocks are compiled one by one: each length of a list is compiled anew.
 
-    By default it adds 2rD + k parameters; with ``rank=None``, h(x) = x, it adds k. ``residual_weights=True`` is RW+PA,
-    and together with ``shared=False`` RW+LR+PA (eq. 6), which adds 2rkD + k + 2.
+    It adds 2rD + k parameters, with ``rank=None``, h(x) = x, k. ``residual_weights=True`` is RW+PA, and with
+    ``shared=False`` RW+LR+PA (eq. 6), which adds 2rkD + k + 2.
 
     B starts at zero and gamma at 1, or, with the identity h, gamma at 0, which the paper leaves open, and the block as
     the plain residual, to the last bit, unless ``scale`` is changed. ``gamma_gain``, a factor on gamma, is 1/k where h
-    is low-rank, so that its k terms together move as fast as LR's one. Keep weight decay off gamma and ``w``. A loop
-    that fills every matrix of a model, as nn.Transformer's does, fills B too: call ``reset_parameters()`` after it.
+    is low-rank, so that its terms move as fast as LR's one. A loop that fills every matrix, as nn.Transformer's does,
+    fills B too: call ``reset_parameters()`` after it. A and B may learn at the rate of the rest (Adam: up to 0.003 was
+    tried); give gamma and ``w`` a group without weight decay and with a learning rate of 0.01.
 
     Args:
         dim: D, the size of the channel dimension.
-        k: how many activations to look at; the paper has 3.
-        rank: r. ``None``: h is the identity.
+        k, rank: how many activations to look at, in the paper 3; r, or ``None``: h is the identity.
         shared: one pair A, B for all k activations (§2.3), or one for each (eq. 6); ``rank=None`` ignores it.
         residual_weights: learn α and β too.
         init: how A starts. ``"orthogonal"``: the paper's column-orthogonal pattern for LLMs, A[i mod r, i] = 1/√(rD),

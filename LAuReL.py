@@ -35,9 +35,9 @@ class LAuReL(nn.Module):
     - ``"single"``: one parameter, α = scale · σ(w), β = scale − α
     - ``"none"``: w itself
 
-    The paper leaves open where they start. Here w starts at 0, α and β at scale / 2; ``"none"`` starts at 1. So with
-    the default scale the block starts as the plain residual, to the last bit, and ``scale=1`` is the bare softmax,
-    which halves the stream in every layer. Keep weight decay off ``w``.
+    The paper leaves open where they start: here at scale / 2, or 1 for ``"none"``, by default as the plain residual, to
+    the last bit; ``scale=1``, the bare softmax, halves the stream in every layer. Give ``w`` a parameter group without
+    weight decay and with a learning rate of 0.01: Adam at 0.001 hardly moves it, SGD at 0.1 moves it too far.
 
     Args:
         dim: D, the size of the channel dimension: α and β of length D (§2.4), in x's dtype. ``None``: scalars.

@@ -23,14 +23,16 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 buffer = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
                 buffer.mul_(group["momentum"]).add_(p.grad)
-                update = orthogonalize(p.grad.add(buffer, alpha=group["momentum"]).flatten(1), self.dtype)
+                matrix = p.grad.add(buffer, alpha=group["momentum"]).flatten(1)
+                # Three steps are as good as five for filters; for a GPT's matrices they are worse by 0.05 nats.
+                update = orthogonalize(matrix, self.dtype, steps=3 if p.ndim > 2 else 5)
                 if p.ndim > 2:
                     p.mul_(len(p) ** 0.5 / p.norm())
                 rows, columns = update.shape
                 p.add_(update.view_as(p), alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
 
 
-def orthogonalize(matrix: Tensor, dtype: torch.dtype = torch.bfloat16, steps: int = 3) -> Tensor:
+def orthogonalize(matrix: Tensor, dtype: torch.dtype = torch.bfloat16, steps: int = 5) -> Tensor:
     """About U Vᵀ of the singular value decomposition U S Vᵀ, by a quintic Newton–Schulz iteration."""
     if matrix.shape[0] > matrix.shape[1]:
         return orthogonalize(matrix.mT, dtype, steps).mT
