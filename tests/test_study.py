@@ -9,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -78,7 +78,7 @@ def test_a_study_with_other_options_is_refused(options, finished, tmp_path, caps
 
 def test_a_study_with_another_recipe_is_refused(finished, tmp_path, monkeypatch, capsys):
     out = shutil.copytree(finished[1], tmp_path / "out")
-    monkeypatch.setattr(TrainUtil, "Recipe", partial(TrainUtil.Recipe, lr=0.5))
+    monkeypatch.setattr(TrainUtil, "IMAGES", replace(TrainUtil.IMAGES, lr=0.5))
     assert Test.main([*SYNTHETIC, "--out", str(out)]) == 2
     assert "recipe.lr 0.01, not 0.5" in capsys.readouterr().err
 
