@@ -1,4 +1,4 @@
-"""Compares the plain residual connection with LAuReL, LAuReL-LR and LAuReL-PA: by default in small CNNs on CIFAR-10.
+"""Compares the plain residual connection with LAuReL, LAuReL-LR and LAuReL-PA, by default in small CNNs on CIFAR-10.
 
 `python Test.py` trains four models on all of CIFAR-10 and leaves a table and pictures; `--help` has the rest. The way
 through this file: options, data, models, training, table and pictures.
@@ -48,14 +48,15 @@ models: {", ".join(MODELS)}
   pa  {getdoc(LAuReL_PA).partition(chr(10))[0]}
   lr@8 sets the rank, pa/5 sets k, rw+lr+pa@16/3 both; the defaults are 16 and 3
   rw:dim=D has α and β for each channel; bound=, scale=, init=, shared= and rank=none set a block's other arguments
-  in the same way, and decay=0.1 weight decay on its parameters: rw+lr@8:scale=1,init=orthogonal
-  in --profile's GPT the default rank is 32, and pa and rw+pa without a rank have h(x) = x, as in the paper's table 5
+  in the same way, decay=0.1 weight decay on its parameters, rate=3 a factor on their learning rate: rw+lr@8:rate=3
+  in a GPT the default rank is 32; pa:rank=none has h(x) = x, as the PA of the paper's table 5
 
 examples:
   python Test.py                                        residual, rw, lr and pa, three seeds
   python Test.py --models residual rw+lr deeper --seeds 10 --out runs/study    again: resumes it where it was stopped
   python Test.py --draw runs/study                      its table and pictures, from its files alone
   python Test.py --models residual --epochs 15          longer training, higher accuracy (results/README.md)
+  python Test.py --dataset enwik8                       a GPT on bytes of Wikipedia
   python Test.py --dataset synthetic --epochs 2         no download, done in a minute
   python Test.py --profile                              time and memory of every residual connection
 """
@@ -117,7 +118,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     image, text = TrainUtil.IMAGES, TrainUtil.TEXT
     parser = Parser(
         prog="Test.py",
-        description="Trains small CNNs that differ only in the residual connection, and compares them.",
+        description="Trains networks that differ only in the residual connection, and compares them.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

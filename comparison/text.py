@@ -8,9 +8,9 @@ from torch import Tensor
 
 from comparison.distributed import shard
 
-LENGTH = 256  # bytes of a sequence, of which each is predicted from those before it
-EPOCH = 1 << 19  # bytes: a pass over all of enwik8 would take hours on a CPU
-TESTED = 1 << 10  # sequences of a test part that may be larger, always the same ones
+LENGTH = 128  # bytes of a sequence, of which each is predicted from those before it
+EPOCH = 3072  # sequences: a pass over all of enwik8 would take hours on a CPU
+TESTED = 2048  # sequences of a test part that may be larger, always the same ones
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Text:
     @property
     def train_size(self) -> int:
         """Sequences of an epoch."""
-        return min(EPOCH, len(self.train) - 1) // LENGTH
+        return min(EPOCH, (len(self.train) - 1) // LENGTH)
 
     @property
     def test_size(self) -> int:

@@ -18,6 +18,7 @@ from comparison.data import Dataset
 from comparison.models import MODELS, Model
 from comparison.networks import SmallCNN
 from comparison.sources import ARCHIVE_URLS
+from comparison.text import LENGTH
 
 
 def test_all_models_take_the_same_batches(data, monkeypatch):
@@ -123,10 +124,10 @@ def test_a_study_of_text_has_bits_per_byte_in_place_of_accuracy(tmp_path, capsys
     for one in runs:
         assert one["test_accuracy"] is one["history"][-1]["test_accuracy"] is None
         assert one["bits_per_byte"] == pytest.approx(one["test_loss"] / math.log(2))
-        assert one["bytes_per_second"] == pytest.approx(2 * 16 * 256 / one["train_seconds"])
+        assert one["bytes_per_second"] == pytest.approx(2 * 16 * LENGTH / one["train_seconds"])
         assert one["history"][-1]["test_loss"] == one["test_loss"] < math.log(256) + 1
     said = capsys.readouterr().out
-    assert "4,096 training bytes an epoch" in said
+    assert f"{16 * LENGTH:,} training bytes an epoch" in said
     assert re.search(r"\d+ bytes/s", said)
     header = next(line for line in said.splitlines() if line.startswith("| model"))
     assert "bits per byte" in header
