@@ -11,26 +11,32 @@ from comparison.networks import ARCHS
 from comparison.profile import saved_bytes
 from comparison.transformers import GPT, causal_attention
 
+TEXT = torch.tensor(list("".join(topics.values()).encode()))  # Python's documentation
 
-@pytest.mark.parametrize("name", ["pa", "rw+lr+pa"])
-def test_a_gpt_learns_characters_from_pythons_documentation(name):
-    """A few hundred steps bring it below what the frequencies of the characters alone allow."""
-    text = torch.tensor(list("".join(topics.values()).encode()))
-    frequencies = text.bincount().double() / len(text)
-    entropy = -(frequencies * frequencies.log()).nansum()
-    net = GPT(Model.parse(name), 0, dim=64, layers=2)
+
+def train(net: GPT, steps: int, batch: int) -> float:
+    """The mean loss of the last 20 steps, with everything in one AdamW at 0.003 and no warm-up."""
     adam = torch.optim.AdamW(net.parameters(), lr=3e-3, weight_decay=0.0)
     generator, losses = torch.Generator().manual_seed(0), []
-    for _ in range(200):
-        start = torch.randint(len(text) - 65, (16, 1), generator=generator)
-        tokens = text[start + torch.arange(65)]
+    for _ in range(steps):
+        start = torch.randint(len(TEXT) - 65, (batch, 1), generator=generator)
+        tokens = TEXT[start + torch.arange(65)]
         loss = F.cross_entropy(net(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
         adam.zero_grad()
         loss.backward()
         adam.step()
         losses.append(loss.item())
-    assert statistics.mean(losses[-20:]) < entropy - 0.3
-    start = {"gamma": 0.0 if name == "pa" else 1.0}  # of the weights that are not bounded
+    return statistics.mean(losses[-20:])
+
+
+@pytest.mark.parametrize("name", ["pa", "rw+lr+pa"])
+def test_a_gpt_learns_characters_from_pythons_documentation(name):
+    """A few hundred steps bring it below what the frequencies of the characters alone allow."""
+    frequencies = TEXT.bincount().double() / len(TEXT)
+    entropy = -(frequencies * frequencies.log()).nansum()
+    net = GPT(Model.parse(name), 0, dim=64, layers=2)
+    assert train(net, steps=200, batch=16) < entropy - 0.3
+    start = {"gamma": 1.0}  # the others start at 0
     for key, p in net.named_parameters():
         if re.search(r"residuals\.\d+\.(w|B|gamma)$", key):
             assert (p != start.get(key.rpartition(".")[2], 0.0)).any(), key
@@ -84,22 +90,9 @@ def test_a_vit_sees_images_of_every_size_of_the_recipe(data):
 
 @pytest.mark.slow
 def test_low_rank_pairs_do_not_keep_a_gpt_whose_branches_start_at_zero_from_learning():
-    """Twelve layers, everything in one AdamW at 0.003 without a warm-up. With A filled by Xavier it is 0.15 to 0.7."""
-    text = torch.tensor(list("".join(topics.values()).encode()))
-    ends = {}
-    for name in ("residual", "lr", "pa", "rw+lr+pa"):
-        net, losses = GPT(Model.parse(name), 0, dim=64), []
-        adam = torch.optim.AdamW(net.parameters(), lr=3e-3, weight_decay=0.0)
-        generator = torch.Generator().manual_seed(0)
-        for _ in range(80):
-            start = torch.randint(len(text) - 65, (8, 1), generator=generator)
-            tokens = text[start + torch.arange(65)]
-            loss = F.cross_entropy(net(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
-            adam.zero_grad()
-            loss.backward()
-            adam.step()
-            losses.append(loss.item())
-        ends[name] = statistics.mean(losses[-20:])
+    """Twelve layers. With A filled by Xavier's rule LR ends 0.16 above the plain residual, and PA 0.21."""
+    names = ("residual", "lr", "pa", "rw+lr+pa")
+    ends = {name: train(GPT(Model.parse(name), 0, dim=64), steps=80, batch=8) for name in names}
     assert max(ends.values()) < ends["residual"] + 0.1, ends
 
 
