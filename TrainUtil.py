@@ -146,9 +146,9 @@ def check_batch(model: nn.Module, batch: int, accumulate: int) -> None:
     world = processes()[1]
     norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
     if batch < world * accumulate or (norm and batch < 2 * accumulate):
-        least = "two images, for batch norm" if norm else "an image for each process"
+        least = "two examples, for batch norm" if norm else "an example for each process"
         raise UserError(
-            f"each part of a batch must have {least}, got {batch} images a batch in {accumulate} parts and {world} "
+            f"each part of a batch must have {least}, got {batch} examples a batch in {accumulate} parts and {world} "
             "processes"
         )
 

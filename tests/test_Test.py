@@ -251,7 +251,7 @@ def test_a_single_image_before_a_batch_norm_is_refused(options, tmp_path, capsys
     command = [*SYNTHETIC, "--limit", "20", "--models", "rw", *options, "--out", str(tmp_path)]
     assert Test.main(command) == 2
     error = capsys.readouterr().err
-    assert "two images, for batch norm" in error
+    assert "two examples, for batch norm" in error
     assert len(error.splitlines()) == 1
     assert not (tmp_path / "results.json").exists()  # a study that can't be trained is not begun
 
@@ -282,7 +282,7 @@ def test_without_a_compiler_compile_is_refused(tmp_path):
         (["--hold-out", "5000"], "--hold-out must be below the 5000 training images, got 5000"),
         (
             ["--limit", "7", "--accumulate", "8"],
-            "each part of a batch must have two images, for batch norm, got 7 images a batch in 8 parts",
+            "each part of a batch must have two examples, for batch norm, got 7 examples a batch in 8 parts",
         ),
     ],
 )

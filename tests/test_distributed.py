@@ -32,7 +32,7 @@ def test_a_batch_in_parts_has_the_gradient_of_the_whole(data):
     for state, losses in states[1:]:
         torch.testing.assert_close(losses, states[0][1], rtol=1e-5, atol=0)
         torch.testing.assert_close(state, states[0][0], rtol=1e-3, atol=1e-4)
-    with pytest.raises(UserError, match="an image for each process, got 100 images a batch in 101 parts"):
+    with pytest.raises(UserError, match="an example for each process, got 100 examples a batch in 101 parts"):
         train({"": small_network(norm=False)}, data.limit(200), recipe, 0, accumulate=101)
 
 
