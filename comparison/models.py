@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -80,7 +80,7 @@ class Model:
         model = Model(name, base, int(rank) if rank else None, int(k or 3), arguments, own)
         try:
             with torch.device("meta"):  # which draws no random numbers
-                model.residual(8, available=1, channel_dim=1)
+                replace(model, rank=None).residual(8, available=1, channel_dim=1)  # a huge rank is for train_seed
         except ValueError as error:
             raise argparse.ArgumentTypeError(f"{name!r}: {error}") from None
         return model
