@@ -48,7 +48,8 @@ models: {", ".join(MODELS)}
   pa  {getdoc(LAuReL_PA).partition(chr(10))[0]}
   lr@8 sets the rank, pa/5 sets k, rw+lr+pa@16/3 both; the defaults are 16 and 3
   rw:dim=D has α and β for each channel; bound=, scale=, init=, shared= and rank=none set a block's other arguments
-  in the same way, decay=0.1 weight decay on its parameters, rate=3 a factor on their learning rate: rw+lr@8:rate=3
+  in the same way, decay=0.1 weight decay on its parameters, rate=3 a factor on their learning rate: rw+lr@8:rate=3;
+  w and gamma learn at 0.01, with --optimizer at its --lr: rw:rate=10 for adamw and rw:rate=0.1 for sgd give 0.01 again
   in a GPT the default rank is 32; pa:rank=none has h(x) = x, as the PA of the paper's table 5
 
 examples:
@@ -127,7 +128,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--arch", choices=ARCHS, help="medium trains longer, wide is for a GPU (default: small, or gpt for text)")
     add("--epochs", type=count, metavar="N", help=f"(default: {image.epochs}, or {text.epochs} for text)")
     add("--batch-size", type=count, metavar="N", help=f"(default: {image.batch_size}, or {text.batch_size} for text)")
-    one = "everything in one optimiser with --lr, in place of the recipe's Muon and AdamW"
+    one = "everything in one optimiser with --lr, in place of the recipe's Muon and AdamW; see rate= below"
     add("--optimizer", choices=("adamw", "sgd"), help=one)
     add("--lr", type=rate, metavar="X", help="its learning rate (default: 0.001 for adamw, 0.1 for sgd)")
     add("--seeds", type=seeds, default=[0, 1, 2], metavar="N", help="0 to N-1, or FIRST-LAST (default: 3)")
@@ -184,7 +185,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     options.arch = options.arch or ("gpt" if options.dataset == "enwik8" else "small")
     text_arch = options.arch in TEXT_ARCHS
     options.dataset = options.dataset or ("enwik8" if text_arch else "cifar10")
-    if not options.profile and options.dataset != "synthetic" and text_arch != (options.dataset == "enwik8"):
+    if options.profile and text_arch:
+        parser.error("--profile measures the GPT that --gpt describes; --arch is its CNN")
+    if options.dataset != "synthetic" and text_arch != (options.dataset == "enwik8"):
         allowed = [arch for arch in ARCHS if (arch in TEXT_ARCHS) != text_arch]
         parser.error(f"--dataset {options.dataset} goes with --arch {', '.join(allowed)}, not with {options.arch}")
     if options.lr and not options.optimizer:
@@ -247,8 +250,9 @@ def load_data(options: argparse.Namespace) -> Data:
             data = load_folder(options.data_dir, options.image_size, options.workers)
         case cifar:
             data = load_cifar(CIFAR100 if cifar == "cifar100" else CIFAR10, options.data_dir)
-    if options.hold_out and options.hold_out >= data.train_size:
-        n = f"{data.train_size} training {data.examples}"
+    if options.hold_out and options.hold_out >= data.to_hold_out:
+        part = "validation" if isinstance(data, Text) else "training"
+        n = f"{data.to_hold_out} {part} {data.examples}"
         raise UserError(f"--hold-out must be below the {n}, got {options.hold_out}")
     data = data.hold_out(options.hold_out) if options.hold_out else data
     return data.limit(options.limit) if options.limit else data

@@ -36,7 +36,7 @@ BLOCKS = (LAuReL, LAuReL_LR, LAuReL_PA)
 
 @dataclass(frozen=True)
 class Recipe:
-    """How every model is trained. Chosen on the last 5,000 training images, held out, never on the test images."""
+    """How every model is trained."""
 
     epochs: int = 3
     batch_size: int = 500
@@ -80,7 +80,7 @@ class Recipe:
         return seen / all_
 
 
-IMAGES = Recipe()
+IMAGES = Recipe()  # chosen on the last 5,000 training images, held out
 TEXT = Recipe(  # chosen on the validation part of enwik8
     epochs=4,
     batch_size=8,
@@ -142,7 +142,7 @@ def digest(model: nn.Module) -> str:
 
 
 def check_batch(model: nn.Module, batch: int, accumulate: int) -> None:
-    """Raises a UserError where a part of a batch has too few images for the model or for the processes."""
+    """Raises a UserError where a part of a batch has too few examples for the model or for the processes."""
     world = processes()[1]
     norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
     if batch < world * accumulate or (norm and batch < 2 * accumulate):
@@ -233,7 +233,7 @@ def train(
 
     Each batch is made once, and every model takes its step on it before the next one is made, in an order that turns.
     The numbers of a model do not depend on the others, on a CPU to the bit; but for its step_ratio. Nothing is chosen
-    by the test images. A model whose loss or weights are not finite leaves after that epoch, and the others go on.
+    by the test set. A model whose loss or weights are not finite leaves after that epoch, and the others go on.
 
     Within a process_group each process trains on its part of every batch, and all have the same weights: to float error
     those of one process that has the whole batch.
@@ -259,7 +259,7 @@ def train(
         test_accuracy, 0 to 1, and the seconds of its steps.
 
     Raises:
-        UserError: a part of a batch has too few images, --compile does not work here, an image can't be read.
+        UserError: a part of a batch has too few examples, --compile does not work here, an image can't be read.
     """
     device, n = data.device, data.train_size
     rank, world = processes()
@@ -320,6 +320,7 @@ def train(
             "bits_per_byte": bits(trainee.history[-1]["test_loss"]) if text else None,
             "diverged": trainee.history[-1]["epoch"] if trainee.diverged else None,
             "train_seconds": sum(trainee.seconds),
+            "images_per_second": None,  # of text
             f"{data.unit}_per_second": len(trainee.seconds) * batch * data.units / sum(trainee.seconds),
             **step_ratio(trainee.seconds, base),
             "compile_seconds": compile_seconds[name],

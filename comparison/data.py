@@ -58,6 +58,8 @@ class Dataset:
     def train_size(self) -> int:
         return len(self.train_labels)
 
+    to_hold_out = train_size
+
     @property
     def test_size(self) -> int:
         return len(self.test_labels)

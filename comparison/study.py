@@ -123,7 +123,8 @@ class Study:
             raise UserError(f"{path} can't be read as the results of a study: {error!r}") from None
         check_fields(str(path), content, {"config": dict, "runs": list})
         config, runs = complete(content["config"], content["runs"])
-        check_fields(f"{path}: config", config, CONFIG_FIELDS)
+        size = "training_bytes" if "training_bytes" in config else "training_images"
+        check_fields(f"{path}: config", config, {size: int, **CONFIG_FIELDS})
         for i, run in enumerate(runs, 1):
             check_fields(f"{path}: run {i}", run, RUN_FIELDS)
             for epoch in run["history"]:

@@ -30,13 +30,14 @@ class Text:
         return self.train.device
 
     @property
-    def size(self) -> int:
-        return LENGTH
-
-    @property
     def train_size(self) -> int:
         """Sequences of an epoch."""
         return min(EPOCH, (len(self.train) - 1) // LENGTH)
+
+    @property
+    def to_hold_out(self) -> int:
+        """Sequences of the validation part."""
+        return (len(self.validation) - 1) // LENGTH
 
     @property
     def test_size(self) -> int:

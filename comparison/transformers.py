@@ -58,7 +58,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def mlp(dim: int, bias: bool) -> tuple[nn.Module, ...]:
-    return nn.LayerNorm(dim), nn.Linear(dim, 4 * dim, bias), nn.GELU(), nn.Linear(4 * dim, dim, bias)
+    return nn.LayerNorm(dim, bias=bias), nn.Linear(dim, 4 * dim, bias), nn.GELU(), nn.Linear(4 * dim, dim, bias)
 
 
 class ViT(nn.Module):
@@ -113,7 +113,7 @@ class GPT(nn.Module):
         with seeded(seed):
             self.embedding = nn.Embedding(self.vocabulary, dim)
             branches = [branch for _ in range(layers) for branch in self.layer(dim, head)]
-            self.head = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, self.vocabulary, bias=False))
+            self.head = nn.Sequential(nn.LayerNorm(dim, bias=False), nn.Linear(dim, self.vocabulary, bias=False))
         stage = Stage(nn.Identity(), branches, dim, model, 1000 * seed + 1, channel_dim=-1, rank=32)
         self.stages = nn.ModuleList([stage])
         if model.base == "deeper":

@@ -149,7 +149,9 @@ def test_text_and_images_have_networks_of_their_own(capsys):
         assert f"{' '.join(options[:2])} goes with --arch " in capsys.readouterr().err
 
 
-def test_one_optimizer_has_a_rate_of_its_own(capsys):
+def test_one_optimizer_has_a_rate_of_its_own(data, capsys):
+    recipe = Test.recipe_for(Test.parse(["--optimizer", "sgd", "--lr", "0.2"]), data)
+    assert (recipe.optimizer, recipe.lr, recipe.scale_lr, recipe.pair_lr) == ("sgd", 0.2, 0.2, 0.2)
     for options, lr in (
         (["--optimizer", "sgd"], 0.1),
         (["--optimizer", "adamw"], 0.001),

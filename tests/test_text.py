@@ -55,6 +55,19 @@ def test_holding_out_tests_on_the_validation_part():
     assert set(trained.flatten().tolist()) == {0}
 
 
+def test_several_processes_have_a_sequence_once(monkeypatch):
+    data = synthetic_text().limit(20)
+    whole = [x for x, _ in data.batches(0, 0, 8)], [x for x, _ in data.test_batches(1000)]
+    shards = []
+    for rank in range(3):
+        monkeypatch.setattr("comparison.distributed.processes", lambda rank=rank: (rank, 3))
+        shards.append(([x for x, _ in data.batches(0, 0, 8)], [x for x, _ in data.test_batches(1000)]))
+    for part in range(2):
+        for i, batch in enumerate(whole[part]):
+            together = torch.cat([shard[part][i] for shard in shards])
+            assert sorted(map(tuple, together.tolist())) == sorted(map(tuple, batch.tolist()))
+
+
 def test_a_limit_is_the_number_of_sequences_trained_on():
     data = synthetic_text()
     limited = data.limit(16)

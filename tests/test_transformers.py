@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from comparison.models import Model
 from comparison.networks import ARCHS
 from comparison.profile import saved_bytes
-from comparison.transformers import GPT, causal_attention
+from comparison.transformers import GPT, causal_attention, rotate
 
 TEXT = torch.tensor(list("".join(topics.values()).encode()))  # Python's documentation
 
@@ -59,23 +59,24 @@ def test_no_byte_is_predicted_from_those_that_follow():
     assert (before[0, 12:] - after[0, 12:]).abs().amax(dim=-1).min() > 0.01
 
 
-def test_a_gpt_knows_the_distance_of_bytes_and_not_their_place():
-    """Rotary positions: the same bytes behind the same number of others have the same logits, wherever they stand."""
-    net = GPT(Model.parse("residual"), 0, dim=64, layers=1)
-    for p in net.parameters():
-        torch.nn.init.normal_(p, std=0.2)
-    attention = net.stages[0].branches[0]
-    x = torch.randn(1, 1, 64).expand(1, 9, 64).contiguous()
-    x[0, 4] = torch.randn(64)
-    out = attention(x)[0]
-    assert not torch.allclose(out[5], out[6], atol=1e-4)  # one byte further from the other one
-    torch.testing.assert_close(out[0], out[3])
+def test_rotation_makes_scores_depend_on_the_distance_alone():
+    """Rotary positions: the score of one query and one key is a function of how far apart they stand."""
+    angles = torch.arange(9)[:, None] * torch.tensor([1.0, 0.1, 0.01])
+    q, k = torch.randn(2, 1, 6, dtype=torch.float64).expand(2, 9, 6)
+    q, k = (rotate(each, angles.cos(), angles.sin()) for each in (q, k))
+    torch.testing.assert_close(q.norm(dim=-1), q[:1].norm(dim=-1).expand(9))
+    scores = q @ k.T
+    for distance in range(-8, 9):
+        diagonal = scores.diagonal(distance)
+        torch.testing.assert_close(diagonal, diagonal[:1].expand(len(diagonal)), rtol=1e-4, atol=1e-5)
+    assert (scores[0].diff().abs() > 1e-3).all()
 
 
 @pytest.mark.parametrize("arch", ["gpt6", "gpt", "gpt24"])
 def test_all_models_of_a_gpt_start_as_one_function_of_embeddings_alone(arch):
     tokens = torch.randint(256, (1, 12))
     plain = ARCHS[arch](Model.parse("residual"), 0, None)
+    assert not any(name.endswith("bias") for name, _ in plain.named_parameters())
     logits = plain(tokens)
     torch.testing.assert_close(logits, plain.head(plain.embedding(tokens)), rtol=0, atol=0)
     for name in ("deeper", "rw", "lr", "pa", "pa:rank=none", "rw+lr+pa"):
