@@ -50,7 +50,7 @@ class LAuReL_PA(nn.Module):
     the plain residual, to the last bit, unless ``scale`` is changed. ``gamma_gain``, a factor on gamma, is 1/k where h
     is low-rank, so that its terms move as fast as LR's one. A loop that fills every matrix, as nn.Transformer's does,
     fills B too: call ``reset_parameters()`` after it. A and B may learn at Adam's usual rates (up to 0.003 was
-    tried in a GPT); give gamma and ``w`` a group without weight decay and with a learning rate of 0.01.
+    tried in a GPT); give gamma and ``w`` a group without weight decay and with a rate of 0.003 to 0.01.
 
     Args:
         dim: D, the size of the channel dimension.
