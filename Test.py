@@ -46,6 +46,7 @@ models: {", ".join(MODELS)}
   rw  {getdoc(LAuReL).partition(chr(10))[0]}
   lr  {getdoc(LAuReL_LR).partition(chr(10))[0]}
   pa  {getdoc(LAuReL_PA).partition(chr(10))[0]}
+  deeper  the plain residual with one more layer; rezero, layerscale, x0, denseformer: see comparison/connections.py
   lr@8 sets the rank, pa/5 sets k, rw+lr+pa@16/3 both; the defaults are 16 and 3
   rw:dim=D has α and β for each channel; bound=, scale=, init=, shared= and rank=none set a block's other arguments
   in the same way, decay=0.1 weight decay on its parameters, rate=3 a factor on their learning rate: rw+lr@8:rate=3;

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from comparison.connections import X0, DenseFormer, LayerScale, ReZero
 from comparison.console import UserError
 from comparison.data import Dataset, resize, whole_batches
 from comparison.device import Stopwatch, autocast, compiled, compiler_errors, out_of_memory, turned
@@ -31,7 +32,7 @@ from LAuReL import LAuReL
 
 LAuReL_LR = importlib.import_module("LAuReL-LR").LAuReL_LR
 LAuReL_PA = importlib.import_module("LAuReL-PA").LAuReL_PA
-BLOCKS = (LAuReL, LAuReL_LR, LAuReL_PA)
+BLOCKS = (LAuReL, LAuReL_LR, LAuReL_PA, ReZero, LayerScale, X0, DenseFormer)
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ def optimizers(model: nn.Module, recipe: Recipe, precision: str = "float32") -> 
 
     def group(p: nn.Parameter) -> str:
         if p in blocks:
-            return "scales" if p.ndim == 1 else "pairs"
+            return "scales" if p.ndim < 2 else "pairs"
         if p in biases:
             return "biases"
         if recipe.optimizer != "muon":

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from comparison.connections import X0, DenseFormer, LayerScale, Residual, ReZero
 from comparison.data import seeded
 from LAuReL import LAuReL
 
@@ -20,6 +21,7 @@ LAuReL_PA = importlib.import_module("LAuReL-PA").LAuReL_PA
 
 
 MODELS = ("residual", "rw", "lr", "pa", "rw+lr", "rw+pa", "rw+lr+pa", "deeper")
+MODELS += ("rezero", "layerscale", "x0", "denseformer")  # what people would take in LAuReL's place
 # The arguments of a block that a model's name may set; decay: weight decay on the block's parameters; rate: a factor on
 # their learning rate
 ARGUMENTS = {
@@ -47,7 +49,7 @@ class Model:
 
     @staticmethod
     def parse(name: str) -> "Model":
-        match = re.fullmatch(r"([a-z+]+)(?:@([1-9]\d{0,8}))?(?:/([1-9]\d{0,8}))?(?::(.+))?", name)
+        match = re.fullmatch(r"([a-z0+]+)(?:@([1-9]\d{0,8}))?(?:/([1-9]\d{0,8}))?(?::(.+))?", name)
         base, rank, k, rest = match.groups() if match else (None, None, None, None)
         if base not in MODELS:
             raise argparse.ArgumentTypeError(
@@ -103,6 +105,14 @@ class Model:
                 return LAuReL_PA(dim, k, **{"rank": self.rank or rank, **options})
             case "rw+lr+pa":  # eq. 6: a low-rank pair for each activation
                 return LAuReL_PA(dim, k, **{"rank": self.rank or rank, "shared": False, **options})
+            case "rezero":
+                return ReZero()
+            case "layerscale":
+                return LayerScale(dim, channel_dim)
+            case "x0":
+                return X0()
+            case "denseformer":
+                return DenseFormer(available)
         return Residual()
 
 
@@ -117,13 +127,6 @@ def argument(text: str) -> tuple[str, object]:
             return name, float(value)
     forms = (f"{n}={'|'.join(v) if isinstance(v, dict) else 'NUMBER'}" for n, v in ARGUMENTS.items())
     raise argparse.ArgumentTypeError(f"{text!r} sets no argument of a block; allowed are {', '.join(forms)}")
-
-
-class Residual(nn.Module):
-    """The plain residual connection."""
-
-    def forward(self, x: Tensor, fx: Tensor) -> Tensor:
-        return x + fx
 
 
 class Stage(nn.Module):
@@ -168,11 +171,16 @@ def residual_layers(
 ) -> Tensor:
     """x, what the first branch gets, and shortcut, what its output is added to, through layer after layer.
 
-    PA's history begins with the shortcut.
+    The list of activations begins with the shortcut.
     """
-    xs = [shortcut]
+    xs, to_add = [shortcut], shortcut
     for f, residual in zip(branches, residuals):
-        history = isinstance(residual, LAuReL_PA)
-        x = activation(residual(xs if history else xs[-1], f(x)))
-        xs = [*xs, x] if history else [x]  # without need no activation is kept at inference
+        if isinstance(residual, DenseFormer):
+            xs.append(activation(to_add + f(x)))
+            x = residual(xs)
+        else:
+            history = isinstance(residual, (LAuReL_PA, X0))
+            x = activation(residual(xs if history else to_add, f(x)))
+            xs = [*xs, x] if history else [x]  # without need no activation is kept at inference
+        to_add = x
     return x

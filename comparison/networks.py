@@ -13,11 +13,12 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
+from comparison.connections import Residual
 from comparison.console import UserError
 from comparison.data import seeded
 from comparison.device import out_of_memory
 from comparison.folder import Data
-from comparison.models import LAuReL_PA, Model, PostActivationStage, Residual, Stage, residual_layers
+from comparison.models import LAuReL_PA, Model, PostActivationStage, Stage, residual_layers
 from comparison.text import Text
 from comparison.transformers import GPT, ViT
 

@@ -109,7 +109,10 @@ def draw_curves(by_model: dict[str, list[dict]], against: str, style: dict) -> "
 
 
 def draw_differences(summary: list[dict], against: str) -> "Figure | None":
-    """Differences to the model that the others are compared with: those of the seeds, their mean, its 95 % interval."""
+    """Differences to the model that the others are compared with: those of the seeds, their mean, its 95 % interval.
+
+    Within the band models are called equal.
+    """
     measures = [measure for measure in MEASURES if any(entry[measure.field]["interval"] for entry in summary)]
     if not measures:
         return None
@@ -123,11 +126,14 @@ def draw_differences(summary: list[dict], against: str) -> "Figure | None":
             fill = "black" if result["p_holm"] < 0.05 else "white"
             errors = [[mean - low], [high - mean]]
             panel.errorbar(mean, y, xerr=errors, fmt="o", color="black", markerfacecolor=fill, capsize=4)
+        panel.axvspan(-measure.margin, measure.margin, color="0.92")
         panel.axvline(0, color="black", linewidth=0.8)
         panel.set_yticks(range(len(tested)), [entry["model"] for entry in tested])
         panel.set(ylim=(-0.6, len(tested) - 0.4), xlabel=f"{measure.name}, difference to {against}")
         panel.grid(axis="x", alpha=0.3)
-    figure.supxlabel("seeds, mean and its 95 % interval; filled: p < 0.05 after Holm's correction", fontsize="small")
+    figure.supxlabel(
+        "seeds, mean and its 95 % interval; filled: p < 0.05 after Holm's correction; band: equal", fontsize="small"
+    )
     return figure
 
 

@@ -1,24 +1,30 @@
 """Statistics and the table."""
 
 import statistics
+from bisect import bisect_left
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
 
 class Measure(NamedTuple):
-    """What models are compared by: a field of their runs and epochs, times a factor, and how it is written."""
+    """What models are compared by: a field of their runs and epochs, times a factor, and how it is written.
+
+    better: the sign of a difference for the better. margin: below it two models are called equal.
+    """
 
     name: str
     field: str
     factor: float
     form: str
+    better: int
+    margin: float
 
 
 MEASURES = (
-    Measure("test loss", "test_loss", 1, ".4f"),
-    Measure("test accuracy %", "test_accuracy", 100, ".2f"),
-    Measure("bits per byte", "bits_per_byte", 1, ".4f"),
+    Measure("test loss", "test_loss", 1, ".4f", -1, 0.005),
+    Measure("test accuracy %", "test_accuracy", 100, ".2f", 1, 0.15),
+    Measure("bits per byte", "bits_per_byte", 1, ".4f", -1, 0.005),
 )
 
 
@@ -64,23 +70,52 @@ def summarize(runs: list[dict], against: str = "residual") -> list[dict]:
         tested = [entry[measure.field] for entry in summary if entry[measure.field]["p"] is not None]
         for result, p in zip(tested, holm([result["p"] for result in tested])):
             result["p_holm"] = p
+            result["verdict"] = verdict(result, measure)
+        for entry in summary:
+            if entry["diverged"] and entry["model"] != against:  # counts as worse than all others
+                entry[measure.field]["verdict"] = "worse"
     return summary
 
 
 def paired_test(mine: Sequence[float] = (), base: Sequence[float] = ()) -> dict:
-    """Student's t-test of the paired differences: p, their mean's 95 % interval, their standard deviation.
+    """Student's t-test of the paired differences: p, their mean's 95 and 90 % intervals, their standard deviation.
 
     None where there is nothing to test: fewer than two pairs, or differences that are all the same.
     """
     differences = [a - b for a, b in zip(mine, base)]
+    found = dict.fromkeys(("p", "p_holm", "interval", "interval_90", "sd", "verdict"))
     sd = statistics.stdev(differences) if len(differences) > 1 else 0.0
-    if sd < 1e-9:  # 0 but for rounding
-        return {"differences": differences, "p": None, "p_holm": None, "interval": None, "sd": None}
-    from scipy.stats import ttest_rel  # here, as it takes a second to import
+    if sd > 1e-9:  # more than rounding
+        from scipy.stats import ttest_rel  # here, as it takes a second to import
 
-    test = ttest_rel(mine, base)
-    interval = tuple(map(float, test.confidence_interval(0.95)))
-    return {"differences": differences, "p": float(test.pvalue), "p_holm": None, "interval": interval, "sd": sd}
+        test = ttest_rel(mine, base)
+        interval, interval_90 = (tuple(map(float, test.confidence_interval(level))) for level in (0.95, 0.90))
+        found |= {"p": float(test.pvalue), "interval": interval, "interval_90": interval_90, "sd": sd}
+    return {"differences": differences, **found}
+
+
+def verdict(result: dict, measure: Measure) -> str:
+    """better or worse, after Holm's correction; equal: two one-sided tests at 5 % find less than the margin; or open.
+
+    With open goes the number of seeds that find a difference of the margin with a power of 80 %, if there are fewer.
+    """
+    if result["p_holm"] < 0.05:
+        return "better" if measure.better * statistics.mean(result["differences"]) > 0 else "worse"
+    low, high = result["interval_90"]
+    if -measure.margin < low and high < measure.margin:
+        return "equal"
+    needed = seeds_to_find(measure.margin / result["sd"])
+    return f"open, {needed} seeds" if needed > len(result["differences"]) else "open"
+
+
+def seeds_to_find(effect: float, power: float = 0.8) -> int:
+    """The pairs with which a t-test at 5 % finds a difference of `effect` standard deviations; at most 9999."""
+    from scipy.stats import nct, t
+
+    def found(n: int) -> float:
+        return nct.sf(t.ppf(0.975, n - 1), n - 1, effect * n**0.5)
+
+    return bisect_left(range(2, 9999), power, key=found) + 2
 
 
 def holm(ps: list[float]) -> list[float]:
@@ -122,7 +157,7 @@ def table(config: dict, runs: list[dict]) -> dict:
     columns = ["model", "parameters", "added %"]
     for measure in measures:
         columns += [measure.name, f"difference to {against}" + " [95 % interval]" * (seeds > 1)]
-        columns += ["p (Holm)"] * (seeds > 1)
+        columns += ["p (Holm)", "verdict"] * (seeds > 1)
     timed = [run["step_ratio"] is not None for run in runs]
     columns += ["step time / residual (quartiles)"] * any(timed)
     columns += ["training s"] + ["compilation s"] * config["compile"]
@@ -136,11 +171,15 @@ def table(config: dict, runs: list[dict]) -> dict:
         for measure in measures:
             result = entry[measure.field]
             row += [spread(result["values"], measure.form), difference(result, measure.form, finished)]
-            row += [f"{result['p_holm']:.2g}" if result["p_holm"] is not None else "–"] * (seeds > 1)
+            p = f"{result['p_holm']:.2g}" if result["p_holm"] is not None else "–"
+            row += [p, result["verdict"] or "–"] * (seeds > 1)
         ratio = "{:.3f} ({:.3f}–{:.3f})".format(*entry["step_ratio"]) if entry["step_ratio"] else "–"
         row += [ratio] * any(timed) + [spread(entry["seconds"], ".1f")]
         rows.append(row + [spread(entry["compile_seconds"], ".1f")] * config["compile"])
+    margins = ", ".join(f"{measure.margin:g} of {measure.name.removesuffix(' %')}" for measure in measures)
     notes = ["Differences paired by seed; p after Holm's correction over the models, for each measure apart."]
+    notes.append(f"Equal: the difference is below {margins}, by two one-sided tests at 5 %.")
+    notes.append("Open: neither, with the seeds that find such a difference with a power of 80 %.")
     if seeds == 1:
         notes = ["One seed shows little: repeat with --seeds 3 or more."]
     if against not in (run["model"] for run in runs):

@@ -82,11 +82,11 @@ def numbers(out: Path) -> list[dict]:
 
 
 def columns_of(table: dict) -> dict[str, list[str]]:
-    """The cells of each column of a table, by its heading; those of a measure's difference and p with its name."""
+    """The cells of each column of a table, by its heading; those of a measure's comparison with its name."""
     columns, measure = {}, ""
     for name, *cells in zip(table["columns"], *table["rows"]):
         measure = name if name.startswith("test ") else measure
-        own = name.startswith(("difference", "p (Holm)"))
+        own = name.startswith(("difference", "p (Holm)", "verdict"))
         columns[f"{measure}: {name.partition(' ')[0]}" if own else name] = list(cells)
     return columns
 

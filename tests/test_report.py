@@ -6,7 +6,7 @@ import torch
 from scipy import stats
 from script import CONFIG, columns_of, runs_of
 
-from comparison.report import holm, paired_test, summarize, table
+from comparison.report import MEASURES, holm, paired_test, seeds_to_find, summarize, table, verdict
 
 FIELDS = ["test_loss", "test_accuracy"]  # of images
 
@@ -98,6 +98,38 @@ def test_many_comparisons_make_a_small_p_count_for_less():
             assert (entry[field]["p_holm"] < 0.05) == expected
 
 
+def test_a_difference_is_better_or_worse_equal_or_open():
+    """Losses and accuracies with the same differences: 0.01 are a point, and beyond both margins."""
+    offsets = {"rw": 0.01, "lr": 0.0, "pa": -0.01, "rw+lr": 0.001}
+    small, large = (0.0001, -0.0002, 0.0, 0.0002, -0.0001), (0.006, -0.009, 0.001, 0.008, -0.006)
+    runs = {name: [v + offset + n for v, n in zip(BASE, small)] for name, offset in offsets.items()}
+    columns = columns_of(table({**CONFIG, "seeds": [0, 1, 2, 3, 4]}, runs_of({"residual": BASE, **runs})))
+    # 0.1 points of accuracy are less than the margin and significant: a difference, however small
+    assert columns["test accuracy %: verdict"] == ["–", "better", "equal", "worse", "better"]
+    assert columns["test loss: verdict"] == ["–", "better", "equal", "worse", "better"]
+    noisy = runs_of({"residual": BASE, "rw": [v + n for v, n in zip(BASE, large)]})
+    _, entry = summarize(noisy)
+    for measure in MEASURES[:2]:
+        needed = seeds_to_find(measure.margin / entry[measure.field]["sd"])
+        assert entry[measure.field]["verdict"] == f"open, {needed} seeds"
+
+
+def test_models_that_differ_by_the_margin_are_called_equal_in_one_of_twenty_studies():
+    """Where they are not shown to differ, which is looked at first."""
+    generator, equal = torch.Generator().manual_seed(0), []
+    for _ in range(1000):
+        differences = 0.005 + 0.001 * torch.randn(6, generator=generator)
+        result = paired_test(differences.tolist(), [0.0] * 6) | {"p_holm": 1.0}
+        equal.append(verdict(result, MEASURES[0]) == "equal")
+    assert 0.03 < statistics.mean(equal) < 0.07
+
+
+@pytest.mark.parametrize(("effect", "pairs"), [(0.2, 199), (0.5, 34), (0.8, 15)])
+def test_the_number_of_seeds_is_that_of_power_tables(effect, pairs):
+    """Those that G*Power 3 has for the difference of two dependent means, two-tailed."""
+    assert seeds_to_find(effect) == pairs
+
+
 def test_pairing_takes_out_what_the_seeds_have_in_common():
     seeds, own = [0.86, 0.87, 0.88, 0.89], [0.004, -0.004, 0.002, 0.0]
     _, entry = summarize(runs_of({"residual": seeds, "rw": [a + b for a, b in zip(seeds, own)]}))
@@ -120,6 +152,7 @@ def test_a_run_that_diverged_is_counted_and_left_out():
     assert columns["model"][1] == "rw (2 of 3 seeds, 1 diverged)"
     assert columns["test accuracy %"][1] == "89.00 ± 1.41"
     assert columns["test accuracy %: difference"][1] == "+1.00"
+    assert columns["test accuracy %: verdict"][1] == "worse"
 
 
 def test_nothing_is_compared_with_a_run_that_diverged():
