@@ -164,19 +164,27 @@ def test_a_checkpoint_of_a_study_that_is_gone_is_not_used(half_finished, uninter
     assert "[1/1] seed 0, epoch 1/3" in capsys.readouterr().out
 
 
-@pytest.fixture
-def half_finished(tmp_path, monkeypatch, uninterrupted) -> Path:
-    """A study that was stopped after the second epoch of its first seed; its checkpoint."""
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory) -> Path:
+    """A study that was stopped after the second epoch of its first seed."""
+    out, save = tmp_path_factory.mktemp("stopped"), TrainUtil.save
 
     def stop(checkpoint, trainees):
         save(checkpoint, trainees)
         if len(trainees["residual"].history) == 2:
             raise KeyboardInterrupt
 
-    save = TrainUtil.save
-    with monkeypatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TrainUtil, "save", stop)
-        assert Test.main([*STUDY, "--seeds", "1", "--out", str(tmp_path)]) == 130
+        patch.setattr(Test, "keep_memory", lambda: None)
+        assert Test.main([*STUDY, "--seeds", "1", "--out", str(out)]) == 130
+    return out
+
+
+@pytest.fixture
+def half_finished(stopped, tmp_path) -> Path:
+    """The checkpoint of a copy of it."""
+    shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
     return tmp_path / "checkpoints" / "seed 0" / "checkpoint.pt"
 
 
