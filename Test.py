@@ -28,7 +28,7 @@ from comparison.files import write_json
 from comparison.folder import Data, Folder, load_folder
 from comparison.models import MODELS, Model
 from comparison.monitor import Monitor
-from comparison.networks import ARCHS, TEXT_ARCHS, build, learned
+from comparison.networks import ARCHS, TEXT_ARCHS, build
 from comparison.parallel import end_with_parent, helpers, helping
 from comparison.pictures import draw
 from comparison.profile import cnn, gpt, measure, profile_table
@@ -309,7 +309,7 @@ def train_seed(
             "seed": seed,
             "parameters": sum(p.numel() for p in network.parameters()),
             **measured[name],
-            "learned": {} if measured[name]["diverged"] else learned(network),
+            "learned": measured[name]["history"][-1]["learned"],
             "weights_sha256": TrainUtil.digest(network),
         }
         for name, network in networks.items()

@@ -27,6 +27,7 @@ from comparison.distributed import all_reduce_sum, broadcast, processes, synchro
 from comparison.files import atomic_write
 from comparison.folder import Data
 from comparison.muon import Muon
+from comparison.networks import learned
 from comparison.text import LENGTH, Text
 from LAuReL import LAuReL
 
@@ -194,8 +195,8 @@ class Trainee:
     def end_epoch(self, train_loss: float, tested: dict[str, float], seconds: list[float]) -> None:
         finite = all(map(math.isfinite, (train_loss, tested["test_loss"])))
         finite = finite and all(p.isfinite().all() for p in self.model.parameters())
-        losses = {"train_loss": train_loss, "test_loss": tested["test_loss"]} if finite else NO_LOSS
-        self.history.append({"epoch": len(self.history) + 1, **tested, **losses, "seconds": sum(seconds)})
+        found = {"train_loss": train_loss, "learned": learned(self.model)} if finite else DIVERGED
+        self.history.append({"epoch": len(self.history) + 1, **tested, **found, "seconds": sum(seconds)})
         self.seconds += seconds
 
     def state_dict(self) -> dict:
@@ -213,7 +214,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, **options) -> Tensor:
     return F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), **options)
 
 
-NO_LOSS = {"train_loss": None, "test_loss": None}  # of an epoch in which a run diverged
+DIVERGED = {"train_loss": None, "test_loss": None, "learned": {}}  # of an epoch in which that happened
 
 
 def train(
@@ -257,7 +258,7 @@ def train(
         bytes_per_second, compile_seconds, step_ratio (the median over the steps of its time to the baseline's on the
         same batch, None without the baseline), step_ratio_quartiles and history: for each epoch its number from 1,
         train_loss (mean over the batches) and test_loss, both plain cross-entropies in nats and None where it diverged,
-        test_accuracy, 0 to 1, and the seconds of its steps.
+        test_accuracy, 0 to 1, the seconds of its steps, and what the residual connections have learned, by layer.
 
     Raises:
         UserError: a part of a batch has too few examples, --compile does not work here, an image can't be read.

@@ -243,7 +243,7 @@ def learned(network: nn.Module) -> dict[str, dict[str, float]]:
     Where α and β are vectors: their means.
     """
     values: dict[str, dict[str, float]] = {}
-    for i, stage in enumerate(network.stages, 1):
+    for i, stage in enumerate(getattr(network, "stages", ()), 1):
         for j, residual in enumerate(stage.residuals, 1):
             found = {name: getattr(residual, name, None) for name in ("alpha", "beta")}
             if isinstance(residual, LAuReL_PA):

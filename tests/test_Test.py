@@ -70,8 +70,10 @@ def test_a_whole_run_leaves_its_files(finished):
         assert one["images_per_second"] > 0
         assert one["step_ratio"] > 0
         assert one["bits_per_byte"] is None
-        assert one["history"][0].keys() == {"epoch", "train_loss", "test_loss", "test_accuracy", "seconds"}
+        fields = {"epoch", "train_loss", "test_loss", "test_accuracy", "seconds", "learned"}
+        assert one["history"][0].keys() == fields
         assert one["test_loss"] == one["history"][0]["test_loss"] > 0
+        assert one["learned"] == one["history"][0]["learned"]
     assert runs[1]["learned"].keys() == {"alpha", "beta"}
     assert runs[2]["learned"].keys() == {"alpha", "beta", "gamma[0]", "gamma[1]"}
     assert list(runs[2]["learned"]["gamma[1]"]) == ["1.2", "2.2", "3.2", "3.3"]
@@ -90,17 +92,17 @@ def test_the_table_is_that_of_the_results(finished):
     table = {
         cells[0]: cells[1:]
         for line in done.stdout.splitlines()
-        if line.startswith("| r") and len(cells := [cell.strip() for cell in line.split("|")[1:-1]]) == 11
+        if line.startswith("| r") and len(cells := [cell.strip() for cell in line.split("|")[1:-1]]) == 13
     }
     assert list(table)[-3:] == ["residual", "rw", "rw+lr+pa@4/2"]
     assert table["residual"][0] == f"{runs[0]['parameters']:,}"
-    for i, name, factor, digits in ((2, "test_loss", 1, 4), (5, "test_accuracy", 100, 2)):
+    for i, name, factor, digits in ((2, "test_loss", 1, 4), (6, "test_accuracy", 100, 2)):
         a, b = (factor * one[name] for one in (runs[1], runs[4]))
         assert table["rw"][i] == f"{(a + b) / 2:.{digits}f} ± {abs(a - b) / 2**0.5:.{digits}f}"
         c, d = (factor * one[name] for one in (runs[0], runs[3]))
         assert table["rw"][i + 1].startswith(f"{(a - c + b - d) / 2:+.{digits}f} [")
         assert table["residual"][i + 1] == "–"
-    assert table["rw"][8].startswith(f"{(runs[1]['step_ratio'] + runs[4]['step_ratio']) / 2:.3f} (")
+    assert table["rw"][10].startswith(f"{(runs[1]['step_ratio'] + runs[4]['step_ratio']) / 2:.3f} (")
     assert "SYNTHETIC" in done.stdout
     assert re.search(r"^\| rw \(1 of 2 seeds\) ", done.stdout, flags=re.MULTILINE)  # after the first seed already
     for name in ("results.json", "results.csv", *PICTURES):
