@@ -27,7 +27,7 @@ def draw(out: Path, config: dict, runs: list[dict]) -> list[Path]:
 
 
 def figures(config: dict, runs: list[dict]) -> dict[str, "Figure"]:
-    """accuracy.png (of text loss.png), curves.png, differences.png, parameters.png and learned.png.
+    """accuracy.png (of text loss.png), curves.png, differences.png, parameters.png, learned.png and learning.png.
 
     Those that there is something for.
     """
@@ -44,6 +44,7 @@ def figures(config: dict, runs: list[dict]) -> dict[str, "Figure"]:
         "differences.png": draw_differences(summary, config["against"]),
         "parameters.png": draw_parameters(summary, config["against"], style),
         "learned.png": draw_learned(by_model, style),
+        "learning.png": draw_learning(by_model, style),
     }
     return {name: figure for name, figure in drawn.items() if figure}
 
@@ -209,6 +210,32 @@ def draw_learned(by_model: dict[str, list[dict]], style: dict) -> "Figure | None
         figure.colorbar(image, ax=heat)
     else:
         nothing(heat, "γ")
+    return figure
+
+
+def draw_learning(by_model: dict[str, list[dict]], style: dict) -> "Figure | None":
+    """α, β and γ_0 over the epochs: their mean over layers and seeds, and from the least layer to the greatest."""
+    courses = {"alpha": {}, "beta": {}, "gamma[0]": {}}
+    for name, runs in by_model.items():
+        for key, course in courses.items():
+            values = [[[*epoch.get("learned", {}).get(key, {}).values()] for epoch in run["history"]] for run in runs]
+            if values[0][0]:  # (seeds, epochs, layers)
+                course[name] = [[statistics.mean(layer) for layer in zip(*epoch)] for epoch in zip(*values)]
+    courses = {key: course for key, course in courses.items() if course}
+    if not courses:
+        return None
+    figure, panels = subplots(1, len(courses), figsize=(6 * len(courses), 4.5), squeeze=False)
+    for panel, (key, course) in zip(panels[0], courses.items()):
+        for name, layers in course.items():
+            epochs = range(1, len(layers) + 1)
+            panel.plot(epochs, [statistics.mean(each) for each in layers], label=name, **style[name])
+            panel.fill_between(
+                epochs, *zip(*((min(each), max(each)) for each in layers)), alpha=0.1, color=style[name]["color"]
+            )
+        panel.set(xlabel="epoch", ylabel={"alpha": "α", "beta": "β", "gamma[0]": "γ0"}[key])
+        panel.xaxis.get_major_locator().set_params(integer=True)
+        panel.grid(alpha=0.3)
+        panel.legend(title="mean and range over the layers", fontsize="small")
     return figure
 
 

@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-PICTURES = ("accuracy.png", "curves.png", "differences.png", "parameters.png", "learned.png")
+PICTURES = ("accuracy.png", "curves.png", "differences.png", "parameters.png", "learned.png", "learning.png")
 
 
 SYNTHETIC = ("--dataset", "synthetic", "--limit", "200", "--batch-size", "100", "--epochs", "1", "--seeds", "1")

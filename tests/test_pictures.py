@@ -44,10 +44,14 @@ def test_pictures_show_the_numbers_of_the_table():
     ]
     runs = runs_of({"residual": base, "rw": rw})
     runs = [{**run, "history": h, "learned": v} for run, h, v in zip(runs, history, values)]
+    for one in runs[3:]:
+        one["history"] = [
+            {**epoch, "learned": {"alpha": {"1.1": 1.0 + n, "1.2": 3.0}}} for n, epoch in enumerate(one["history"])
+        ]
     runs[3]["parameters"] = runs[4]["parameters"] = runs[5]["parameters"] = 110
     drawn = figures({**CONFIG, "seeds": [0, 1, 2]}, runs)
     assert list(drawn) == list(PICTURES)
-    accuracy, curves, differences, parameters, learned = (figure.axes for figure in drawn.values())
+    accuracy, curves, differences, parameters, learned, learning = (figure.axes for figure in drawn.values())
     assert accuracy[0].get_xlabel() == "training time (s)"
     assert accuracy[0].get_ylabel() == "test accuracy (%)"
     lines = {line.get_label(): line for line in accuracy[0].lines}
@@ -75,6 +79,10 @@ def test_pictures_show_the_numbers_of_the_table():
     assert alpha.lines[0].get_ydata() == pytest.approx([1.1])
     assert beta.lines[0].get_ydata() == pytest.approx([0.9])
     assert heat.images[0].get_array().tolist() == [[5.0]]
+    (course,) = learning
+    assert course.lines[0].get_ydata() == pytest.approx([2.0, 2.5])
+    heights = course.collections[0].get_paths()[0].vertices[:, 1]
+    assert (heights.min(), heights.max()) == pytest.approx((1.0, 3.0))
 
 
 def test_drawing_without_a_study(tmp_path, capsys):
