@@ -50,7 +50,7 @@ models: {", ".join(MODELS)}
   lr@8 sets the rank, pa/5 sets k, rw+lr+pa@16/3 both; the defaults are 16 and 3
   rw:dim=D has α and β for each channel; bound=, scale=, init=, shared= and rank=none set a block's other arguments
   in the same way, decay=0.1 weight decay on its parameters, rate=3 a factor on their learning rate: rw+lr@8:rate=3;
-  w and gamma learn at 0.01 (text: 0.003), with --optimizer at its --lr: rw:rate=10 for adamw, rw:rate=0.1 for sgd: 0.01
+  w and gamma learn at 0.01 (text: 0.003), with --optimizer at its --lr: rw:rate=10 makes that 0.01 for adamw
   in a GPT the default rank is 32; pa:rank=none has h(x) = x, as the PA of the paper's table 5
 
 examples:
@@ -309,7 +309,7 @@ def train_seed(
             "seed": seed,
             "parameters": sum(p.numel() for p in network.parameters()),
             **measured[name],
-            "learned": measured[name]["history"][-1]["learned"],
+            "learned": measured[name]["history"][-1].get("learned", {}),  # an older checkpoint has none
             "weights_sha256": TrainUtil.digest(network),
         }
         for name, network in networks.items()

@@ -213,7 +213,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, **options) -> Tensor:
     return F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), **options)
 
 
-DIVERGED = {"train_loss": None, "test_loss": None, "learned": {}}  # of an epoch in which that happened
+DIVERGED = {"train_loss": None, "test_loss": None, "learned": {}}  # of an epoch in which the run diverged
 
 
 def train(

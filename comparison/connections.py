@@ -1,6 +1,7 @@
-"""The plain residual connection, and what people would take in LAuReL's place.
+"""The plain residual connection, and alternatives to LAuReL.
 
-Their parameters are scales, named as LAuReL's values where they are the same: `alpha` weights f(x), `beta` x.
+All take x and f(x) of one shape. Their parameters are scales, named as LAuReL's values where they do the same: `alpha`
+weights f(x), `beta` x.
 """
 
 from collections.abc import Sequence
@@ -35,12 +36,15 @@ class LayerScale(nn.Module):
         self.alpha, self.channel_dim = nn.Parameter(torch.full((dim,), 0.1)), channel_dim
 
     def forward(self, x: Tensor, fx: Tensor) -> Tensor:
-        after = fx.ndim - 1 - self.channel_dim % fx.ndim  # dimensions
+        after = fx.ndim - 1 - self.channel_dim % fx.ndim  # dimensions behind the channels
         return x + fx * self.alpha.to(fx.dtype).view(-1, *after * (1,))
 
 
 class X0(nn.Module):
-    """β·x_i + μ·x_0 + f(x_i), scalars that start at 1 and 0 (modded-nanogpt, nanochat)."""
+    """β·x_i + μ·x_0 + f(x_i), scalars that start at 1 and 0 (modded-nanogpt, nanochat).
+
+    There f reads the weighted sum of x_i and x_0, once for attention and MLP together; here it reads x_i.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,12 +57,14 @@ class X0(nn.Module):
 class DenseFormer(nn.Module):
     """Σ_{j≤i} a_j y_j, y_0 the first activation, y_i = x_{i-1} + f(x_{i-1}) (Pagliardini et al. 2024).
 
-    It starts as y_i. The list is that of the y; the next layer has the sum as its x_i.
+    It starts as y_i. The list is that of the y; the next layer has the sum as its x_i. In the source a layer is
+    attention and MLP together; here it is each of them.
     """
 
     def __init__(self, available: int) -> None:
         super().__init__()
-        self.a = nn.Parameter(torch.zeros(available + 1).index_fill(0, torch.tensor(available), 1.0))
+        self.a = nn.Parameter(torch.tensor([0.0] * available + [1.0]))
 
     def forward(self, ys: Sequence[Tensor]) -> Tensor:
-        return sum(y * weight for y, weight in zip(ys, self.a.unbind(), strict=True))
+        *weights, last = self.a.unbind()
+        return sum((y * weight for y, weight in zip(ys[:-1], weights, strict=True)), start=ys[-1] * last)

@@ -173,14 +173,14 @@ def residual_layers(
 
     The list of activations begins with the shortcut.
     """
-    xs, to_add = [shortcut], shortcut
+    xs = [shortcut]
     for f, residual in zip(branches, residuals):
         if isinstance(residual, DenseFormer):
-            xs.append(activation(to_add + f(x)))
+            xs.append(activation(shortcut + f(x)))
             x = residual(xs)
         else:
             history = isinstance(residual, (LAuReL_PA, X0))
-            x = activation(residual(xs if history else to_add, f(x)))
-            xs = [*xs, x] if history else [x]  # without need no activation is kept at inference
-        to_add = x
+            x = activation(residual(xs if history else shortcut, f(x)))
+            xs = [*xs, x] if history else []  # without a list no activation is kept at inference
+        shortcut = x
     return x

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from comparison.files import atomic_write
-from comparison.report import MEASURES, measured, paired_test, summarize, title
+from comparison.report import measured, paired_test, summarize, title
 
 if TYPE_CHECKING:  # matplotlib takes a second to import
     from matplotlib.axes import Axes
@@ -27,10 +27,7 @@ def draw(out: Path, config: dict, runs: list[dict]) -> list[Path]:
 
 
 def figures(config: dict, runs: list[dict]) -> dict[str, "Figure"]:
-    """accuracy.png (of text loss.png), curves.png, differences.png, parameters.png, learned.png and learning.png.
-
-    Those that there is something for.
-    """
+    """accuracy.png (of text loss.png) and the others: those that there is something for."""
     summary = [entry for entry in summarize(runs, config["against"]) if entry["finished"]]
     runs = [run for run in runs if not run.get("diverged")]
     by_model = {entry["model"]: [run for run in runs if run["model"] == entry["model"]] for entry in summary}
@@ -44,7 +41,7 @@ def figures(config: dict, runs: list[dict]) -> dict[str, "Figure"]:
         "differences.png": draw_differences(summary, config["against"]),
         "parameters.png": draw_parameters(summary, config["against"], style),
         "learned.png": draw_learned(by_model, style),
-        "learning.png": draw_learning(by_model, style),
+        "learned_by_epoch.png": draw_learning(by_model, style),
     }
     return {name: figure for name, figure in drawn.items() if figure}
 
@@ -112,9 +109,9 @@ def draw_curves(by_model: dict[str, list[dict]], against: str, style: dict) -> "
 def draw_differences(summary: list[dict], against: str) -> "Figure | None":
     """Differences to the model that the others are compared with: those of the seeds, their mean, its 95 % interval.
 
-    Within the band models are called equal.
+    The band is the margin of equality.
     """
-    measures = [measure for measure in MEASURES if any(entry[measure.field]["interval"] for entry in summary)]
+    measures = [each for each in measured(summary) if any(entry[each.field]["interval"] for entry in summary)]
     if not measures:
         return None
     figure, panels = subplots(1, len(measures), figsize=(6 * len(measures), 1.8 + 0.4 * len(summary)), squeeze=False)
@@ -132,9 +129,8 @@ def draw_differences(summary: list[dict], against: str) -> "Figure | None":
         panel.set_yticks(range(len(tested)), [entry["model"] for entry in tested])
         panel.set(ylim=(-0.6, len(tested) - 0.4), xlabel=f"{measure.name}, difference to {against}")
         panel.grid(axis="x", alpha=0.3)
-    figure.supxlabel(
-        "seeds, mean and its 95 % interval; filled: p < 0.05 after Holm's correction; band: equal", fontsize="small"
-    )
+    how = "seeds, mean and its 95 % interval; filled: p < 0.05 after Holm's correction; band: margin of equality"
+    figure.supxlabel(how, fontsize="small")
     return figure
 
 
@@ -219,7 +215,8 @@ def draw_learning(by_model: dict[str, list[dict]], style: dict) -> "Figure | Non
     for name, runs in by_model.items():
         for key, course in courses.items():
             values = [[[*epoch.get("learned", {}).get(key, {}).values()] for epoch in run["history"]] for run in runs]
-            if values[0][0]:  # (seeds, epochs, layers)
+            values = [each for each in values if all(each)]  # (seeds, epochs, layers); older runs have none
+            if values:
                 course[name] = [[statistics.mean(layer) for layer in zip(*epoch)] for epoch in zip(*values)]
     courses = {key: course for key, course in courses.items() if course}
     if not courses:

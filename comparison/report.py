@@ -19,18 +19,21 @@ class Measure(NamedTuple):
     form: str
     better: int
     margin: float
+    unit: str
 
 
 MEASURES = (
-    Measure("test loss", "test_loss", 1, ".4f", -1, 0.005),
-    Measure("test accuracy %", "test_accuracy", 100, ".2f", 1, 0.15),
-    Measure("bits per byte", "bits_per_byte", 1, ".4f", -1, 0.005),
+    Measure("test loss", "test_loss", 1, ".4f", -1, 0.005, "nats"),
+    Measure("test accuracy %", "test_accuracy", 100, ".2f", 1, 0.15, "points"),
+    Measure("bits per byte", "bits_per_byte", 1, ".4f", -1, 0.005, "bits"),
 )
 
 
 def measured(summary: list[dict]) -> list[Measure]:
-    """The measures that there are values of."""
-    return [measure for measure in MEASURES if any(entry[measure.field]["values"] for entry in summary)]
+    """The measures that there are values of; bits per byte are the test loss in another unit."""
+    found = [measure for measure in MEASURES if any(entry[measure.field]["values"] for entry in summary)]
+    text = any(measure.field == "bits_per_byte" for measure in found)
+    return [measure for measure in found if not (text and measure.field == "test_loss")]
 
 
 def summarize(runs: list[dict], against: str = "residual") -> list[dict]:
@@ -70,10 +73,13 @@ def summarize(runs: list[dict], against: str = "residual") -> list[dict]:
         tested = [entry[measure.field] for entry in summary if entry[measure.field]["p"] is not None]
         for result, p in zip(tested, holm([result["p"] for result in tested])):
             result["p_holm"] = p
-            result["verdict"] = verdict(result, measure)
-        for entry in summary:
-            if entry["diverged"] and entry["model"] != against:  # counts as worse than all others
-                entry[measure.field]["verdict"] = "worse"
+            result["verdict"] = verdict(result, measure, len(tested))
+    base = next((entry["diverged"] for entry in summary if entry["model"] == against), 0)
+    for entry in summary:
+        if entry["diverged"] != base:  # a run that diverges counts as worse than all others
+            word = "worse: diverged" if entry["diverged"] > base else f"better: {against} diverged"
+            for measure in MEASURES:
+                entry[measure.field]["verdict"] = word
     return summary
 
 
@@ -94,28 +100,30 @@ def paired_test(mine: Sequence[float] = (), base: Sequence[float] = ()) -> dict:
     return {"differences": differences, **found}
 
 
-def verdict(result: dict, measure: Measure) -> str:
+def verdict(result: dict, measure: Measure, tests: int = 1) -> str:
     """better or worse, after Holm's correction; equal: two one-sided tests at 5 % find less than the margin; or open.
 
-    With open goes the number of seeds that find a difference of the margin with a power of 80 %, if there are fewer.
+    With open goes the number of seeds that find a difference of the margin with a power of 80 %.
     """
     if result["p_holm"] < 0.05:
         return "better" if measure.better * statistics.mean(result["differences"]) > 0 else "worse"
     low, high = result["interval_90"]
     if -measure.margin < low and high < measure.margin:
         return "equal"
-    needed = seeds_to_find(measure.margin / result["sd"])
-    return f"open, {needed} seeds" if needed > len(result["differences"]) else "open"
+    return f"open, {seeds_to_find(measure.margin / result['sd'], tests)} seeds"
 
 
-def seeds_to_find(effect: float, power: float = 0.8) -> int:
-    """The pairs with which a t-test at 5 % finds a difference of `effect` standard deviations; at most 9999."""
+def seeds_to_find(effect: float, tests: int = 1, target: float = 0.8) -> int:
+    """The pairs with which a t-test at 5 % finds a difference of `effect` standard deviations; at most 9999.
+
+    At 5 % / `tests`, which Holm's correction asks of the first of several.
+    """
     from scipy.stats import nct, t
 
-    def found(n: int) -> float:
-        return nct.sf(t.ppf(0.975, n - 1), n - 1, effect * n**0.5)
+    def power(n: int) -> float:
+        return nct.sf(t.ppf(1 - 0.025 / tests, n - 1), n - 1, effect * n**0.5)
 
-    return bisect_left(range(2, 9999), power, key=found) + 2
+    return bisect_left(range(2, 9999), target, key=power) + 2
 
 
 def holm(ps: list[float]) -> list[float]:
@@ -176,10 +184,10 @@ def table(config: dict, runs: list[dict]) -> dict:
         ratio = "{:.3f} ({:.3f}–{:.3f})".format(*entry["step_ratio"]) if entry["step_ratio"] else "–"
         row += [ratio] * any(timed) + [spread(entry["seconds"], ".1f")]
         rows.append(row + [spread(entry["compile_seconds"], ".1f")] * config["compile"])
-    margins = ", ".join(f"{measure.margin:g} of {measure.name.removesuffix(' %')}" for measure in measures)
+    margins = ", ".join(f"{measure.margin:g} {measure.unit}" for measure in measures)
     notes = ["Differences paired by seed; p after Holm's correction over the models, for each measure apart."]
-    notes.append(f"Equal: the difference is below {margins}, by two one-sided tests at 5 %.")
-    notes.append("Open: neither, with the seeds that find such a difference with a power of 80 %.")
+    notes.append(f"Equal: below {margins}, by two one-sided tests at 5 %, not corrected.")
+    notes.append("Open: neither; that many seeds would find such a difference with a power of 80 %.")
     if seeds == 1:
         notes = ["One seed shows little: repeat with --seeds 3 or more."]
     if against not in (run["model"] for run in runs):

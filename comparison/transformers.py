@@ -114,6 +114,10 @@ class GPT(nn.Module):
             self.embedding = nn.Embedding(self.vocabulary, dim)
             branches = [branch for _ in range(layers) for branch in self.layer(dim, head)]
             self.head = nn.Sequential(nn.LayerNorm(dim, bias=False), nn.Linear(dim, self.vocabulary, bias=False))
+        if model.base != "rezero":  # whose α = 0 would get no gradient from an f that is zero
+            for attention, mlp_ in zip(branches[::2], branches[1::2]):
+                nn.init.zeros_(attention[-1].out.weight)
+                nn.init.zeros_(mlp_[-1].weight)
         stage = Stage(nn.Identity(), branches, dim, model, 1000 * seed + 1, channel_dim=-1, rank=32)
         self.stages = nn.ModuleList([stage])
         if model.base == "deeper":
@@ -122,11 +126,8 @@ class GPT(nn.Module):
 
     @staticmethod
     def layer(dim: int, head: int) -> tuple[nn.Sequential, nn.Sequential]:
-        attention = CausalAttention(dim, head)
-        branches = nn.Sequential(nn.LayerNorm(dim, bias=False), attention), nn.Sequential(*mlp(dim, bias=False))
-        for last in (attention.out, branches[1][-1]):
-            nn.init.zeros_(last.weight)
-        return branches
+        attention = nn.Sequential(nn.LayerNorm(dim, bias=False), CausalAttention(dim, head))
+        return attention, nn.Sequential(*mlp(dim, bias=False))
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.head(self.stages[0](self.embedding(tokens)))

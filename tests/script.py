@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-PICTURES = ("accuracy.png", "curves.png", "differences.png", "parameters.png", "learned.png", "learning.png")
+PICTURES = ("accuracy.png", "curves.png", "differences.png", "parameters.png", "learned.png", "learned_by_epoch.png")
 
 
 SYNTHETIC = ("--dataset", "synthetic", "--limit", "200", "--batch-size", "100", "--epochs", "1", "--seeds", "1")
@@ -77,7 +77,7 @@ def numbers(out: Path) -> list[dict]:
     """All that a run ended with but how long it took."""
     runs = json.loads((out / "results.json").read_text())["runs"]
     kept = ("model", "seed", "epochs", "test_loss", "test_accuracy", "diverged", "learned", "weights_sha256")
-    history = ("train_loss", "test_loss", "test_accuracy")
+    history = ("train_loss", "test_loss", "test_accuracy", "learned")
     return [{k: run[k] for k in kept} | {k: [e[k] for e in run["history"]] for k in history} for run in runs]
 
 

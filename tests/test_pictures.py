@@ -44,9 +44,9 @@ def test_pictures_show_the_numbers_of_the_table():
     ]
     runs = runs_of({"residual": base, "rw": rw})
     runs = [{**run, "history": h, "learned": v} for run, h, v in zip(runs, history, values)]
-    for one in runs[3:]:
+    for seed, one in enumerate(runs[4:]):  # the first of the seeds is of a time when nothing was recorded
         one["history"] = [
-            {**epoch, "learned": {"alpha": {"1.1": 1.0 + n, "1.2": 3.0}}} for n, epoch in enumerate(one["history"])
+            {**epoch, "learned": {"alpha": {"1.1": seed + n, "1.2": 3.0}}} for n, epoch in enumerate(one["history"])
         ]
     runs[3]["parameters"] = runs[4]["parameters"] = runs[5]["parameters"] = 110
     drawn = figures({**CONFIG, "seeds": [0, 1, 2]}, runs)
@@ -72,6 +72,8 @@ def test_pictures_show_the_numbers_of_the_table():
         assert segment[:, 0] == pytest.approx(entry[measure.field]["interval"])
         assert [text.get_text() for text in panel.get_yticklabels()] == ["rw"]
         assert measure.name in panel.get_xlabel()
+        (band,) = panel.patches
+        assert (band.get_x(), band.get_x() + band.get_width()) == (-measure.margin, measure.margin)
     assert parameters[0].get_xlabel() == "parameters added to those of residual"
     assert 100.0 in [line.get_xdata()[0] for line in parameters[0].lines]
     alpha, beta, heat = learned[:3]
@@ -80,9 +82,9 @@ def test_pictures_show_the_numbers_of_the_table():
     assert beta.lines[0].get_ydata() == pytest.approx([0.9])
     assert heat.images[0].get_array().tolist() == [[5.0]]
     (course,) = learning
-    assert course.lines[0].get_ydata() == pytest.approx([2.0, 2.5])
+    assert course.lines[0].get_ydata() == pytest.approx([1.75, 2.25])
     heights = course.collections[0].get_paths()[0].vertices[:, 1]
-    assert (heights.min(), heights.max()) == pytest.approx((1.0, 3.0))
+    assert (heights.min(), heights.max()) == pytest.approx((0.5, 3.0))
 
 
 def test_drawing_without_a_study(tmp_path, capsys):
