@@ -80,6 +80,5 @@ def test_ratios_of_steps_do_not_depend_on_other_work():
     """That takes all cores for half of the run."""
     with other_work() as on:
         quiet, loaded = (step_ratios(on, loaded) for loaded in (False, True))
-    assert loaded["residual"]["train_seconds"] > 1.2 * quiet["residual"]["train_seconds"]
     assert loaded["residual again"]["step_ratio"] == pytest.approx(1, abs=0.03)
     assert loaded["rw"]["step_ratio"] == pytest.approx(quiet["rw"]["step_ratio"], rel=0.05)
