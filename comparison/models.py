@@ -144,15 +144,20 @@ class Stage(nn.Module):
     def deepen(self, *branches: nn.Sequential) -> None:
         """Adds residual layers that start with f(x) = 0."""
         for branch in branches:
-            *_, affine = (layer for layer in branch.modules() if getattr(layer, "weight", None) is not None)
-            for p in affine.parameters():
-                nn.init.zeros_(p)
+            start_at_zero(branch)
             self.branches.append(branch)
             self.residuals.append(Residual())
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.down(x)
         return residual_layers(x, x, self.branches, self.residuals)
+
+
+def start_at_zero(branch: nn.Module) -> None:
+    """Makes f(x) = 0, by its last layer."""
+    *_, last = (layer for layer in branch.modules() if getattr(layer, "weight", None) is not None)
+    for p in last.parameters():
+        nn.init.zeros_(p)
 
 
 class PostActivationStage(Stage):

@@ -226,9 +226,8 @@ def draw_learning(by_model: dict[str, list[dict]], style: dict) -> "Figure | Non
         for name, layers in course.items():
             epochs = range(1, len(layers) + 1)
             panel.plot(epochs, [statistics.mean(each) for each in layers], label=name, **style[name])
-            panel.fill_between(
-                epochs, *zip(*((min(each), max(each)) for each in layers)), alpha=0.1, color=style[name]["color"]
-            )
+            low, high = zip(*((min(each), max(each)) for each in layers))
+            panel.fill_between(epochs, low, high, alpha=0.1, color=style[name]["color"])
         panel.set(xlabel="epoch", ylabel={"alpha": "α", "beta": "β", "gamma[0]": "γ0"}[key])
         panel.xaxis.get_major_locator().set_params(integer=True)
         panel.grid(alpha=0.3)

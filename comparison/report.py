@@ -113,17 +113,17 @@ def verdict(result: dict, measure: Measure, tests: int = 1) -> str:
     return f"open, {seeds_to_find(measure.margin / result['sd'], tests)} seeds"
 
 
-def seeds_to_find(effect: float, tests: int = 1, target: float = 0.8) -> int:
-    """The pairs with which a t-test at 5 % finds a difference of `effect` standard deviations; at most 9999.
+def seeds_to_find(effect: float, tests: int = 1) -> int:
+    """The pairs with which a t-test finds a difference of `effect` standard deviations with a power of 80 %.
 
-    At 5 % / `tests`, which Holm's correction asks of the first of several.
+    At 5 % / `tests`, which Holm's correction asks of the first of several. At most 9999.
     """
     from scipy.stats import nct, t
 
     def power(n: int) -> float:
         return nct.sf(t.ppf(1 - 0.025 / tests, n - 1), n - 1, effect * n**0.5)
 
-    return bisect_left(range(2, 9999), target, key=power) + 2
+    return bisect_left(range(2, 9999), 0.8, key=power) + 2
 
 
 def holm(ps: list[float]) -> list[float]:

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from comparison.data import resize, seeded
 from comparison.folder import Data
-from comparison.models import Model, Stage
+from comparison.models import Model, Stage, start_at_zero
 
 
 class Attention(nn.Module):
@@ -115,9 +115,8 @@ class GPT(nn.Module):
             branches = [branch for _ in range(layers) for branch in self.layer(dim, head)]
             self.head = nn.Sequential(nn.LayerNorm(dim, bias=False), nn.Linear(dim, self.vocabulary, bias=False))
         if model.base != "rezero":  # whose α = 0 would get no gradient from an f that is zero
-            for attention, mlp_ in zip(branches[::2], branches[1::2]):
-                nn.init.zeros_(attention[-1].out.weight)
-                nn.init.zeros_(mlp_[-1].weight)
+            for branch in branches:
+                start_at_zero(branch)
         stage = Stage(nn.Identity(), branches, dim, model, 1000 * seed + 1, channel_dim=-1, rank=32)
         self.stages = nn.ModuleList([stage])
         if model.base == "deeper":
