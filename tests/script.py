@@ -76,7 +76,7 @@ POSIX = pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals and limi
 def numbers(out: Path) -> list[dict]:
     """All that a run ended with but how long it took."""
     runs = json.loads((out / "results.json").read_text())["runs"]
-    kept = ("model", "seed", "epochs", "test_loss", "test_accuracy", "diverged", "learned", "weights_sha256")
+    kept = ("model", "seed", "epochs", "test_loss", "test_accuracy", "diverged", "weights_sha256")
     history = ("train_loss", "test_loss", "test_accuracy", "learned")
     return [{k: run[k] for k in kept} | {k: [e[k] for e in run["history"]] for k in history} for run in runs]
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from script import POSIX, STUDY, SYNTHETIC, numbers, start
+from script import POSIX, STUDY, SYNTHETIC, numbers, results, start
 from torch import nn
 
 import Test
@@ -216,6 +216,8 @@ def test_a_damaged_checkpoint_is_set_aside(damage, half_finished, uninterrupted,
     assert Test.main([*STUDY, "--seeds", "1", "--out", str(tmp_path)]) == 0
     captured = capsys.readouterr()
     assert numbers(tmp_path) == uninterrupted[:2]
+    _, one = results(tmp_path)
+    assert one["learned"] == one["history"][-1]["learned"] != one["history"][0]["learned"]
     assert not ran.exists()
     aside = half_finished.with_suffix(".damaged")
     if damage == "none":
