@@ -62,7 +62,7 @@ def test_a_model_that_is_added_has_the_numbers_that_it_would_have_had(finished, 
     assert numbers(out)[3] == numbers(tmp_path / "both")[1]
 
 
-OTHERS = "--epochs 2,--batch-size 50,--limit 300,--arch wide,--hold-out 9,--threads 7,--precision float32,--compile"
+OTHERS = "--epochs 2,--batch-size 50,--limit 300,--arch wide,--hold-out 9,--threads 7,--precision bfloat16,--compile"
 
 
 @pytest.mark.parametrize("options", [each.split() for each in OTHERS.split(",")], ids=" ".join)

@@ -15,9 +15,7 @@ import Test
 
 pytestmark = pytest.mark.slow  # they start many processes
 
-TOGETHER = (*SYNTHETIC, "--limit", "200", "--device", "cpu", "--precision", "float32", "--arch", "vit")
-
-
+TOGETHER = (*SYNTHETIC, "--epochs", "2", "--device", "cpu", "--arch", "vit")
 TOGETHER += ("--models", "residual", "rw+lr+pa", "--threads", "1")
 
 
@@ -30,27 +28,27 @@ def workers(torchrun: int) -> list[int]:
 @pytest.fixture(scope="module")
 def together(tmp_path_factory) -> tuple[subprocess.CompletedProcess, Path]:
     out = tmp_path_factory.mktemp("together")
-    command = torchrun(*TOGETHER, "--epochs", "3", "--out", str(out))
+    command = torchrun(*TOGETHER, "--out", str(out))
     return subprocess.run(command, capture_output=True, text=True, encoding="utf-8"), out
 
 
 def test_torchrun_gives_the_numbers_of_one_process_once(together, tmp_path):
     done, out = together
     assert done.returncode == 0, done.stderr
-    assert len(re.findall("epoch 3/3", done.stdout)) == 1  # only the first process prints
+    assert len(re.findall("epoch 2/2", done.stdout)) == 1  # only the first process prints
     assert done.stdout.count("2 processes") == 1
-    assert Test.main([*TOGETHER, "--epochs", "3", "--out", str(tmp_path)]) == 0
+    assert Test.main([*TOGETHER, "--out", str(tmp_path)]) == 0
     for mine, one in zip(results(out), results(tmp_path)):
         losses = ([entry["train_loss"] for entry in run["history"]] for run in (mine, one))
         torch.testing.assert_close(*losses, rtol=1e-4, atol=0)
         assert mine["parameters"] == one["parameters"]
     assert json.loads((out / "results.json").read_text())["config"]["processes"] == 2
-    assert Test.main([*TOGETHER, "--epochs", "3", "--out", str(out)]) == 2  # another number of processes
+    assert Test.main([*TOGETHER, "--out", str(out)]) == 2  # another number of processes
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler on the CPU")
 def test_torchrun_compiles_and_accumulates_without_changing_the_losses(together, tmp_path):
-    more = ("--epochs", "3", "--models", "residual", "--compile", "--accumulate", "2", "--out", str(tmp_path))
+    more = ("--models", "residual", "--compile", "--accumulate", "2", "--out", str(tmp_path))
     done = subprocess.run(torchrun(*TOGETHER, *more), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     losses = (
@@ -81,7 +79,7 @@ def test_a_process_of_torchrun_that_dies_ends_the_run(rank, tmp_path):
 @pytest.mark.skipif(shutil.which("ps") is None, reason="needs ps to find the processes")
 @pytest.mark.parametrize("machines", [1, 2])
 def test_torchruns_restart_goes_on_from_the_checkpoint(machines, together, tmp_path):
-    command = torchrun(*TOGETHER, "--epochs", "3", "--out", str(tmp_path), restarts=1)
+    command = torchrun(*TOGETHER, "--out", str(tmp_path), restarts=1)
     if machines == 2:  # what each of them would run
         with socket.socket() as free:
             free.bind(("localhost", 0))
@@ -97,14 +95,14 @@ def test_torchruns_restart_goes_on_from_the_checkpoint(machines, together, tmp_p
         with open(output) as lines:
             for line in lines:
                 printed.append(line)
-                if "seed 0, epoch 1/3" in line and not killed:
+                if "seed 0, epoch 1/2" in line and not killed:
                     os.kill(workers(agents[-1].pid)[-1], signal.SIGKILL)
                     killed = True
         assert [agent.wait() for agent in agents] == [0] * machines, printed
     finally:
         for agent in agents:
             agent.kill()
-    assert "".join(printed).count("epoch 1/3") == 1
+    assert "".join(printed).count("epoch 1/2") == 1
     for mine, whole in zip(results(tmp_path), results(together[1]), strict=True):
         assert mine["weights_sha256"] == whole["weights_sha256"]
 
