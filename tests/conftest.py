@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from script import STUDY, SYNTHETIC, numbers, run
+from script import STUDY, SYNTHETIC, numbers, plain_script, run
 
 import Test
 from comparison.data import Dataset, synthetic
+from comparison.pictures import draw
 
 
 @pytest.fixture(autouse=True)
@@ -40,16 +41,19 @@ def finished(tmp_path_factory) -> tuple[subprocess.CompletedProcess, Path]:
 @pytest.fixture(scope="session")
 def uninterrupted(tmp_path_factory) -> list[dict]:
     out = tmp_path_factory.mktemp("uninterrupted")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("Test.keep_memory", lambda: None)
+    with plain_script():
         assert Test.main([*STUDY, "--out", str(out)]) == 0
     return numbers(out)
 
 
 @pytest.fixture(autouse=True)
-def process_stays_as_it_was(monkeypatch):
-    """Whatever Test.main does in the process of the tests: memory that is kept would add up over all of them."""
-    monkeypatch.setattr("Test.keep_memory", lambda: None)
+def process_stays_as_it_was(data):
     before = torch.get_num_threads()
-    yield
+    with plain_script():
+        yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def pictures(monkeypatch):
+    monkeypatch.setattr(Test, "draw", draw)

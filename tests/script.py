@@ -1,14 +1,16 @@
 """The script as the tests run it, and results that were not run."""
 
+import contextlib
 import functools
 import importlib
 import json
 import multiprocessing
 import os
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -34,7 +36,18 @@ def in_child(options: tuple[str, ...], output: str, before: Callable[[], None] |
         os.dup2(file, stream)
     if before:
         before()
-    sys.exit(importlib.import_module("Test").main(list(options)))
+    script = importlib.import_module("Test")
+    script.draw = lambda *_: []  # pictures take most of the time, and nobody looks at these
+    sys.exit(script.main(list(options)))
+
+
+@contextlib.contextmanager
+def plain_script() -> Iterator[None]:
+    """Test.main in the process of the tests: it draws no pictures, which take long, and lets memory go."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("Test.keep_memory", lambda: None)
+        patch.setattr("Test.draw", lambda *_: [])
+        yield
 
 
 @functools.cache
@@ -52,11 +65,17 @@ def start(*options: str, output: Path, before: Callable[[], None] | None = None)
     return process
 
 
-def wait_for(there: Callable[[], object], seconds: float = 60) -> None:
+def wait_for(there: Callable[[], object], seconds: float = 300) -> None:
     deadline = time.monotonic() + seconds
     while not there():
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
 
 
 def torchrun(*options: str, restarts: int = 0) -> list[str]:
@@ -69,6 +88,7 @@ def results(out: Path) -> list[dict]:
 
 
 STUDY = (*SYNTHETIC, "--epochs", "3", "--models", "residual", "rw+lr+pa@4/2", "--seeds", "2", "--threads", "1")
+STUDY += ("--hold-out", "100")  # a smaller test set than the whole one
 
 
 POSIX = pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals and limits")

@@ -4,6 +4,7 @@ import math
 import os
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,7 @@ def test_all_models_take_the_same_batches(data, monkeypatch):
     batches = Dataset.batches
     monkeypatch.setattr(Dataset, "batches", recording)
     recipe = TrainUtil.Recipe(epochs=2, batch_size=10, sizes=((16, 1.0),))
-    data = data.replace(lambda array: array[:20], *SHA256)
+    data = replace(data, **{name: getattr(data, name)[:20] for name in SHA256})
     for name in ("residual", "rw+lr+pa", "deeper"):
         seen[name] = []
         TrainUtil.train({name: SmallCNN(Model.parse(name), 0, data)}, data, recipe, 0)
@@ -120,7 +121,7 @@ def test_the_same_command_gives_the_same_numbers(finished, tmp_path):
     assert again["learned"] == before["learned"]
 
 
-def test_a_study_of_text_has_bits_per_byte_in_place_of_accuracy(tmp_path, capsys):
+def test_a_study_of_text_has_bits_per_byte_in_place_of_accuracy(tmp_path, capsys, pictures):
     options = ["--dataset", "synthetic", "--arch", "gpt6", "--limit", "16", "--epochs", "1", "--seeds", "2"]
     assert Test.main([*options, "--models", "residual", "pa:rank=none", "--out", str(tmp_path)]) == 0
     runs = json.loads((tmp_path / "results.json").read_text())["runs"]

@@ -320,7 +320,7 @@ def test_warming_up_leaves_the_model_as_it_was(data):
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler on the CPU")
 def test_compiling_changes_no_starting_point_and_is_timed_apart(data):
-    recipe = Recipe(epochs=2, batch_size=100)
+    recipe = Recipe(epochs=2, batch_size=100, sizes=((16, 1.0),))
     data = data.limit(300)
     results = [train_one(network(), data, recipe, 0, compile=compile) for compile in (False, True)]
     assert results[0]["compile_seconds"] == 0 < results[1]["compile_seconds"]

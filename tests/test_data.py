@@ -2,8 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from comparison.data import normalize, resize, shift, synthetic
-from TrainUtil import Recipe
+from comparison.data import normalize, resize, shift, synthetic, whole_batches
 
 
 def test_shift_moves_and_reflects_at_the_edges():
@@ -53,7 +52,7 @@ def test_every_image_is_mirrored_in_every_other_epoch(data):
 @pytest.mark.parametrize(("n", "sizes"), [(250, [100, 100]), (100, [100]), (30, [30])])
 def test_a_partial_batch_is_left_out_unless_it_is_the_only_one(n, sizes, data):
     assert [len(y) for _, y in data.limit(n).batches(0, 0, 100)] == sizes
-    assert Recipe(batch_size=100).steps_per_epoch(n) == len(sizes)
+    assert whole_batches(n, 100) == len(sizes)
 
 
 def test_batches_are_channels_last_and_normalised():

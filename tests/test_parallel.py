@@ -4,13 +4,12 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 import pytest
-from script import POSIX, ROOT, STUDY, SYNTHETIC, numbers, results, run, start, wait_for
+from script import POSIX, ROOT, STUDY, SYNTHETIC, numbers, plain_script, results, start, wait_for
 
 import Test
 from comparison.study import Study
@@ -23,7 +22,8 @@ LONG = (*STUDY, "--epochs", "8")
 @pytest.fixture(scope="module")
 def long(tmp_path_factory) -> list[dict]:
     out = tmp_path_factory.mktemp("long")
-    assert Test.main([*LONG, "--out", str(out)]) == 0
+    with plain_script():
+        assert Test.main([*LONG, "--out", str(out)]) == 0
     return numbers(out)
 
 
@@ -31,20 +31,37 @@ def progress(out: Path, seed: int) -> dict:
     return Study(out, {}).progress(seed)
 
 
+def hold(out: Path, seed: int, other: int) -> None:
+    """Lets this process wait, after the first epoch of a seed, until another one has tested the other seed."""
+    report, held = Study.report, []
+
+    def holding(study: Study, mine: int, word: dict) -> None:
+        report(study, mine, word)
+        if mine == seed and word["tested"] == 1 and not held:
+            held.append(True)
+            wait_for(lambda: progress(out, other).get("tested"))
+
+    Study.report = holding
+
+
 def test_processes_that_share_a_study_give_the_numbers_of_one(long, tmp_path):
-    done = run(*LONG, "--parallel", "2", "--out", str(tmp_path))
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
-    assert numbers(tmp_path) == long
-    seen = set(re.findall(r"^\[\d/2\] seed (\d), epoch ", done.stdout, flags=re.MULTILINE))
+    options = (*LONG, "--parallel", "2", "--out", str(tmp_path / "out"))
+    process = start(*options, output=tmp_path / "said", before=partial(hold, tmp_path / "out", 0, 1))
+    process.join()
+    said = (tmp_path / "said").read_text()
+    assert process.exitcode == 0, said
+    assert "A process of --parallel" not in said
+    assert numbers(tmp_path / "out") == long
+    seen = set(re.findall(r"^\[\d/2\] seed (\d), epoch ", said, flags=re.MULTILINE))
     assert seen == {"0", "1"}  # of the other process too
-    assert not (tmp_path / "checkpoints").exists()
+    assert not (tmp_path / "out" / "checkpoints").exists()
 
 
 @POSIX
 def test_the_same_command_started_twice_shares_the_work(long, tmp_path):
-    processes = [start(*LONG, "--out", str(tmp_path), output=tmp_path / name) for name in ("first", "second")]
-    wait_for(lambda: progress(tmp_path, 0) and progress(tmp_path, 1))  # both at once: each has one
+    each_has_one = partial(hold, tmp_path, 0, 1)
+    options = (*LONG, "--out", str(tmp_path))
+    processes = [start(*options, output=tmp_path / name, before=each_has_one) for name in ("first", "second")]
     for process in processes:
         process.join()
     assert [process.exitcode for process in processes] == [0, 0]
@@ -57,13 +74,14 @@ def test_the_same_command_started_twice_shares_the_work(long, tmp_path):
 
 @POSIX
 def test_a_killed_process_leaves_a_seed_that_another_one_goes_on_with(long, tmp_path):
-    first = start(*LONG, "--out", str(tmp_path), output=tmp_path / "first")
+    never = partial(hold, tmp_path, 0, 99)
+    first = start(*LONG, "--out", str(tmp_path), output=tmp_path / "first", before=never)
     wait_for(lambda: progress(tmp_path, 0).get("tested"))
     second = start(*LONG, "--out", str(tmp_path), output=tmp_path / "second")
     wait_for(lambda: progress(tmp_path, 1).get("tested"))
     first.kill()
     first.join()
-    assert progress(tmp_path, 0)["tested"] < 8
+    assert progress(tmp_path, 0)["tested"] == 1
     second.join()
     assert second.exitcode == 0
     assert numbers(tmp_path) == long
@@ -86,38 +104,37 @@ def helpers_of(parent: int) -> list[int]:
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 @pytest.mark.parametrize("victim", ["parent", "helper"])
 def test_killed_processes_take_nothing_with_them(victim, long, tmp_path):
-    command = [sys.executable, str(ROOT / "Test.py"), *LONG, "--parallel", "2", "--out", str(tmp_path)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    wait_for(lambda: progress(tmp_path, 0) and progress(tmp_path, 1))
+    out = tmp_path / "out"
+    options = (*LONG, "--parallel", "2", "--out", str(out))
+    process = start(*options, output=tmp_path / "said", before=partial(hold, out, 0, 1))
+    wait_for(lambda: progress(out, 1).get("tested"))
     helpers = helpers_of(process.pid)
     assert len(helpers) == 1
     os.kill(process.pid if victim == "parent" else helpers[0], signal.SIGKILL)
-    _, stderr = process.communicate(timeout=120)
+    process.join()
     if victim == "helper":
-        assert process.returncode == 0  # it did the other's work
-        assert "SIGKILL" in stderr
-        assert "Traceback" not in stderr
+        said = (tmp_path / "said").read_text()
+        assert process.exitcode == 0, said  # it did the other's work
+        assert "SIGKILL" in said
+        assert "Traceback" not in said
     wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in helpers))
-    assert Test.main([*LONG, "--out", str(tmp_path)]) == 0
-    assert numbers(tmp_path) == long
+    assert Test.main([*LONG, "--out", str(out)]) == 0
+    assert numbers(out) == long
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
-@pytest.mark.parametrize("parallel", ["1", "2"])
-def test_interrupting_keeps_what_has_finished(parallel, tmp_path):
+def test_interrupting_keeps_what_has_finished(tmp_path):
     out = tmp_path / "out"
-    options = ("--seeds", "500", "--parallel", parallel, "--out", str(out))
+    options = ("--models", "residual", "rw", "--seeds", "500", "--parallel", "2", "--out", str(out))
     command = [sys.executable, str(ROOT / "Test.py"), *SYNTHETIC, *options]
     heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background job starts by ignoring it
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "encoding": "utf-8"}
     process = subprocess.Popen(command, preexec_fn=heed, start_new_session=True, **pipes)
     try:
-        deadline = time.monotonic() + 120
-        while not ((out / "results.json").exists() and len(numbers(out)) > 4) and time.monotonic() < deadline:
-            time.sleep(0.1)
+        wait_for(lambda: (out / "results.json").exists() and len(results(out)) >= 4)
         helpers = helpers_of(process.pid)
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-        stdout, stderr = process.communicate(timeout=60)
+        stdout, stderr = process.communicate(timeout=300)
     finally:
         process.kill()
     assert process.returncode == 130, stderr

@@ -11,6 +11,8 @@ from comparison.pictures import figures
 from comparison.report import MEASURES, summarize
 from comparison.study import CONFIG_FIELDS, EPOCH_FIELDS, RUN_FIELDS
 
+pytestmark = pytest.mark.usefixtures("pictures")
+
 STORED = sorted(path.parent for path in (ROOT / "results").glob("*/results.json"))
 
 

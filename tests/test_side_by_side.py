@@ -1,11 +1,10 @@
-import multiprocessing
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from multiprocessing.synchronize import Event
+from multiprocessing.synchronize import Barrier, Event
 
 import pytest
 import torch
+from script import forkserver
 
 from comparison.data import synthetic
 from comparison.device import Stopwatch, cores
@@ -39,9 +38,10 @@ def test_steps_on_a_gpu_are_timed_by_events_and_wait_for_nothing(monkeypatch):
     assert calls == ["record", "step", "record"] * 2 + ["wait"]
 
 
-def take_a_core(on: Event) -> None:
+def take_a_core(on: Event, ready: Barrier) -> None:
     torch.set_num_threads(1)
     matrix = torch.randn(512, 512)
+    ready.wait()
     while True:
         on.wait()
         torch.mm(matrix, matrix)
@@ -50,12 +50,12 @@ def take_a_core(on: Event) -> None:
 @contextmanager
 def other_work() -> Iterator[Event]:
     """A process a core, that work while the event is set."""
-    context = multiprocessing.get_context("spawn")
-    on = context.Event()
-    processes = [context.Process(target=take_a_core, args=(on,), daemon=True) for _ in range(cores())]
+    context = forkserver()
+    on, ready = context.Event(), context.Barrier(1 + cores())
+    processes = [context.Process(target=take_a_core, args=(on, ready), daemon=True) for _ in range(cores())]
     for process in processes:
         process.start()
-    time.sleep(5)  # until they have imported torch
+    ready.wait()
     try:
         yield on
     finally:
@@ -64,7 +64,7 @@ def other_work() -> Iterator[Event]:
 
 
 def step_ratios(on: Event, loaded: bool) -> dict[str, dict]:
-    data = synthetic()
+    data = synthetic().hold_out(100)
     models = {
         name: SmallCNN(Model.parse(name.partition(" ")[0]), 0, data) for name in ("residual", "residual again", "rw")
     }
@@ -72,7 +72,7 @@ def step_ratios(on: Event, loaded: bool) -> dict[str, dict]:
     def report(work: float, *_: object) -> None:
         on.set() if loaded and 0.25 < work < 0.75 else on.clear()
 
-    return train(models, data, Recipe(epochs=4, batch_size=100, sizes=((16, 1.0),)), 0, report=report)
+    return train(models, data, Recipe(epochs=2, batch_size=50, sizes=((16, 1.0),)), 0, report=report)
 
 
 @pytest.mark.slow

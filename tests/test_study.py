@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from script import POSIX, STUDY, SYNTHETIC, numbers, results, start
+from script import POSIX, STUDY, SYNTHETIC, numbers, plain_script, results, start
 from torch import nn
 
 import Test
@@ -24,12 +24,6 @@ from comparison.device import out_of_memory
 from comparison.files import PARTIAL
 from comparison.networks import ARCHS, SmallCNN
 from comparison.study import git_commit
-
-
-@pytest.fixture(autouse=True)
-def without_pictures(monkeypatch):
-    monkeypatch.setattr(Test, "draw", lambda *_: [])
-
 
 resource = pytest.importorskip("resource") if os.name == "posix" else None
 
@@ -174,9 +168,8 @@ def stopped(tmp_path_factory) -> Path:
         if len(trainees["residual"].history) == 2:
             raise KeyboardInterrupt
 
-    with pytest.MonkeyPatch.context() as patch:
+    with plain_script(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(TrainUtil, "save", stop)
-        patch.setattr(Test, "keep_memory", lambda: None)
         assert Test.main([*STUDY, "--seeds", "1", "--out", str(out)]) == 130
     return out
 

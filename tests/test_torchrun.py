@@ -3,19 +3,21 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from script import SYNTHETIC, results, torchrun
+from script import SYNTHETIC, free_port, results, start, torchrun
 
 import Test
+from comparison.networks import ARCHS
+from comparison.transformers import GPT
 
 pytestmark = pytest.mark.slow  # they start many processes
 
-# Text has one length, so that little is compiled.
 TOGETHER = (*SYNTHETIC, "--epochs", "2", "--device", "cpu", "--arch", "gpt6", "--limit", "16", "--batch-size", "8")
 TOGETHER += ("--models", "residual", "rw+lr+pa", "--threads", "1")
 
@@ -24,6 +26,14 @@ def workers(torchrun: int) -> list[int]:
     """The processes of a torchrun, in order of their rank."""
     listed = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(torchrun)], capture_output=True, text=True).stdout
     return sorted(int(line.split()[0]) for line in listed.splitlines() if "Test.py" in line)
+
+
+def join(rank: int, port: int, gpt6: Callable) -> None:
+    """Makes this process one of two, by what torchrun tells a process."""
+    told = {"TORCHELASTIC_RUN_ID": 1, "TORCHELASTIC_MAX_RESTARTS": 0, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    told |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    os.environ.update({name: str(value) for name, value in told.items()})
+    ARCHS["gpt6"] = gpt6
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +49,7 @@ def test_torchrun_gives_the_numbers_of_one_process_once(together, tmp_path):
     assert len(re.findall("epoch 2/2", done.stdout)) == 1  # only the first process prints
     assert done.stdout.count("2 processes") == 1
     assert Test.main([*TOGETHER, "--out", str(tmp_path)]) == 0
-    for mine, one in zip(results(out), results(tmp_path)):
+    for mine, one in zip(results(out), results(tmp_path), strict=True):
         losses = ([entry["train_loss"] for entry in run["history"]] for run in (mine, one))
         torch.testing.assert_close(*losses, rtol=1e-4, atol=0)
         assert mine["parameters"] == one["parameters"]
@@ -48,28 +58,34 @@ def test_torchrun_gives_the_numbers_of_one_process_once(together, tmp_path):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler on the CPU")
-def test_torchrun_compiles_and_accumulates_without_changing_the_losses(together, tmp_path):
-    more = ("--models", "residual", "--compile", "--accumulate", "2", "--out", str(tmp_path))
-    done = subprocess.run(torchrun(*TOGETHER, *more), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    losses = (
-        [entry["train_loss"] for entry in runs[-1]["history"]] for runs in (results(tmp_path), results(together[1])[:1])
-    )
+def test_two_processes_compile_and_accumulate_without_changing_the_losses(tmp_path, monkeypatch):
+    small = partial(GPT, layers=1)  # less to compile
+    options = (*TOGETHER, "--models", "residual", "--accumulate", "2")
+    two, port = (*options, "--compile", "--out", str(tmp_path / "two")), free_port()
+    said = [tmp_path / f"process {rank}" for rank in (0, 1)]
+    started = [start(*two, output=said[rank], before=partial(join, rank, port, small)) for rank in (0, 1)]
+    for process in started:
+        process.join()
+    assert [process.exitcode for process in started] == [0, 0], [path.read_text() for path in said]
+    monkeypatch.setitem(ARCHS, "gpt6", small)
+    assert Test.main([*options, "--out", str(tmp_path / "one")]) == 0
+    (compiled,), (plain,) = (results(tmp_path / name) for name in ("two", "one"))
+    losses = ([entry["train_loss"] for entry in run["history"]] for run in (compiled, plain))
     torch.testing.assert_close(*losses, rtol=1e-4, atol=0)
-    assert results(tmp_path)[0]["compile_seconds"] > 0
+    assert compiled["compile_seconds"] > 0
 
 
 @pytest.mark.skipif(shutil.which("ps") is None, reason="needs ps to find the processes")
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_process_of_torchrun_that_dies_ends_the_run(rank, tmp_path):
+def test_a_process_of_torchrun_that_dies_ends_the_run(tmp_path):
+    """The first one; the tests of restarts kill others."""
     command = torchrun(*TOGETHER, "--epochs", "1000", "--models", "residual", "--out", str(tmp_path))
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         for line in process.stdout:
             if "epoch 2/1000" in line:
-                os.kill(workers(process.pid)[rank], signal.SIGKILL)
+                os.kill(workers(process.pid)[0], signal.SIGKILL)
                 break
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=300)
     finally:
         process.kill()
     assert process.returncode != 0
@@ -82,9 +98,7 @@ def test_a_process_of_torchrun_that_dies_ends_the_run(rank, tmp_path):
 def test_torchruns_restart_goes_on_from_the_checkpoint(machines, together, tmp_path):
     command = torchrun(*TOGETHER, "--out", str(tmp_path), restarts=1)
     if machines == 2:  # what each of them would run
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            at = f"--rdzv-endpoint=localhost:{free.getsockname()[1]}"
+        at = f"--rdzv-endpoint=localhost:{free_port()}"
         command[3:5] = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", at]
     environment = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": str(machines - 1)}
     output, end = os.pipe()
