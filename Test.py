@@ -24,7 +24,7 @@ from comparison.console import UserError, print_table, say, set_up_output
 from comparison.data import synthetic
 from comparison.device import compiler_errors, cores, default_precision, keep_memory, out_of_memory
 from comparison.distributed import agent_store, broadcast, first_process, launched, leave, process_group
-from comparison.files import write_json
+from comparison.files import describe, write_json
 from comparison.folder import Data, Folder, load_folder
 from comparison.models import MODELS, Model
 from comparison.monitor import Monitor
@@ -233,7 +233,7 @@ def main(argv: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return error.code
     except OSError as error:
-        print(f"{error.filename or options.out}: {error.strerror or error}", file=sys.stderr)
+        print(describe(error, options.out), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         if first_process():
@@ -259,16 +259,13 @@ def load_data(options: argparse.Namespace) -> Data:
     return data.limit(options.limit) if options.limit else data
 
 
-TRANSFORMER_LR = 0.001  # for the ViT: a tenth of what the batch norms of the others bear
-
-
 def recipe_for(options: argparse.Namespace, data: Data) -> TrainUtil.Recipe:
     recipe = TrainUtil.TEXT if isinstance(data, Text) else TrainUtil.IMAGES
     recipe = replace(recipe, epochs=options.epochs, batch_size=options.batch_size)
     if isinstance(data, Folder):  # the workers crop
         recipe = replace(recipe, sizes=((data.size, 1.0),))
-    if options.arch == "vit":
-        recipe = replace(recipe, lr=TRANSFORMER_LR, pair_lr=TRANSFORMER_LR)
+    if options.arch == "vit":  # it bears a tenth of what the batch norms of the others bear
+        recipe = replace(recipe, lr=0.001, pair_lr=0.001)
     return recipe.with_one(options.optimizer, options.lr) if options.optimizer else recipe
 
 
@@ -309,7 +306,7 @@ def train_seed(
             "seed": seed,
             "parameters": sum(p.numel() for p in network.parameters()),
             **measured[name],
-            "learned": measured[name]["history"][-1].get("learned", {}),  # an older checkpoint has none
+            "learned": measured[name]["history"][-1]["learned"],
             "weights_sha256": TrainUtil.digest(network),
         }
         for name, network in networks.items()
@@ -358,7 +355,7 @@ def compare(options: argparse.Namespace, argv: list[str]) -> int:
     except UserError as error:  # an image may turn out to be broken after hours
         raise UserError(f"{error}. {kept}", error.code) from None
     except OSError as error:
-        raise UserError(f"{error.filename or options.out}: {error.strerror or error}. {kept}", code=1) from None
+        raise UserError(f"{describe(error, options.out)}. {kept}", code=1) from None
     except KeyboardInterrupt:
         study.refresh()  # what other processes have added
         raise UserError(f"Interrupted: {len(study.runs)} runs have finished. {kept}", code=130) from None
@@ -387,7 +384,7 @@ def run_follower(options: argparse.Namespace) -> int:
         if mine != first:
             raise UserError(f"this process has {mine}, the first one {first}", code=1)
         recipe = recipe_for(options, data)
-        train_seed(seed, models, options, data, recipe, checkpoint=options.out)
+        train_seed(seed, models, options, data, recipe)
     return 0
 
 
@@ -412,8 +409,7 @@ def show(study: Study) -> int:
         if path.exists():
             say(path)
     if failed:
-        where = failed.filename or study.out
-        print(f"The pictures could not be written: {where}: {failed.strerror or failed}", file=sys.stderr)
+        print(f"The pictures could not be written: {describe(failed, study.out)}", file=sys.stderr)
     return 1 if failed else 0
 
 

@@ -65,12 +65,9 @@ class Recipe:
         """All parameters in one "adamw" or "sgd" (momentum 0.9), at one learning rate."""
         return replace(self, optimizer=optimizer, lr=lr, scale_lr=lr, pair_lr=lr, norm_bias_rate=1.0)
 
-    def steps_per_epoch(self, n: int) -> int:
-        return whole_batches(n, self.batch_size)
-
     def size(self, part: float) -> int:
-        """The images' size after a part of the steps, 0 to 1."""
-        return next((size for size, until in self.sizes if part < until), self.sizes[-1][0])
+        """The images' size after a part of the steps, from 0 to below 1."""
+        return next(size for size, until in self.sizes if part < until)
 
     def work(self, part: float) -> float:
         """What the first part of the steps costs, as part of what all cost, 0 to 1: about their part of the pixels."""
@@ -194,8 +191,10 @@ class Trainee:
     def end_epoch(self, train_loss: float, tested: dict[str, float], seconds: list[float]) -> None:
         finite = all(map(math.isfinite, (train_loss, tested["test_loss"])))
         finite = finite and all(p.isfinite().all() for p in self.model.parameters())
-        found = {"train_loss": train_loss, "learned": learned(self.model)} if finite else DIVERGED
-        self.history.append({"epoch": len(self.history) + 1, **tested, **found, "seconds": sum(seconds)})
+        found = {**tested, "train_loss": train_loss, "learned": learned(self.model) if finite else {}}
+        if not finite:
+            found |= {"train_loss": None, "test_loss": None}
+        self.history.append({"epoch": len(self.history) + 1, **found, "seconds": sum(seconds)})
         self.seconds += seconds
 
     def state_dict(self) -> dict:
@@ -213,9 +212,6 @@ def cross_entropy(logits: Tensor, labels: Tensor, **options) -> Tensor:
     return F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), **options)
 
 
-DIVERGED = {"train_loss": None, "test_loss": None, "learned": {}}  # of an epoch in which the run diverged
-
-
 def train(
     models: Mapping[str, nn.Module],
     data: Data,
@@ -223,7 +219,6 @@ def train(
     seed: int,
     *,
     own: Mapping[str, dict] = MappingProxyType({}),
-    baseline: str = "residual",
     precision: str = "float32",
     compile: bool = False,
     accumulate: int = 1,
@@ -241,21 +236,20 @@ def train(
 
     Args:
         own: for a model's name, the fields of the recipe that are its own.
-        baseline: the model whose steps the others' are compared with.
         precision: "float32" or "bfloat16", by autocast.
         compile: with torch.compile, before the first step.
         accumulate: in how many parts, one after the other, a batch is trained on, for less memory. Gradients are the
             whole batch's, but for batch norm, which has the statistics of each part.
-        checkpoint: a file that is written after every epoch, by the first process. Where it is there already, training
-            resumes from it, and on a CPU ends with the bits of a run that was not interrupted.
+        checkpoint: a file that is written after every epoch; of several processes only the first is given one. Where it
+            is there already, training resumes from it, on a CPU with the bits of a run that was not interrupted.
         report: called after every step and every test with the part of the work that is done, 0 to 1, the images or
             bytes a second, of all models together, and the histories, all so far.
 
     Returns:
         for each model epochs, test_loss and test_accuracy (the last epoch's; None for text), bits_per_byte (of text),
         diverged (the epoch in which that happened, or None), train_seconds (its steps), images_per_second or
-        bytes_per_second, compile_seconds, step_ratio (the median over the steps of its time to the baseline's on the
-        same batch, None without the baseline), step_ratio_quartiles and history: for each epoch its number from 1,
+        bytes_per_second, compile_seconds, step_ratio (the median over the steps of its time to residual's on the
+        same batch, None without it), step_ratio_quartiles and history: for each epoch its number from 1,
         train_loss (mean over the batches) and test_loss, both plain cross-entropies in nats and None where it diverged,
         test_accuracy, 0 to 1, the seconds of its steps, and what the residual connections have learned, by layer.
 
@@ -263,7 +257,7 @@ def train(
         UserError: a part of a batch has too few examples, --compile does not work here, an image can't be read.
     """
     device, n = data.device, data.train_size
-    rank, world = processes()
+    world = processes()[1]
     batch = min(recipe.batch_size, n)
     text = isinstance(data, Text)
     test_batch = 1000 if isinstance(data, Dataset) else batch // (world * accumulate)  # what is trained on fits
@@ -277,14 +271,13 @@ def train(
         calls = compiled(models, accumulate)
         for name, model in models.items():
             compile_seconds[name] = warm_up(model, calls[name], data, recipe, precision, accumulate, test_batch)
-    steps_per_epoch = recipe.steps_per_epoch(n)
+    steps_per_epoch = whole_batches(n, recipe.batch_size)
     steps = recipe.epochs * steps_per_epoch
     trainees = {
         name: Trainee(model, calls[name], replace(recipe, **own.get(name, {})), steps, precision)
         for name, model in models.items()
     }
-    if checkpoint:
-        restore(checkpoint, trainees)
+    restore(checkpoint, trainees)
     histories = {name: trainee.history for name, trainee in trainees.items()}
 
     for epoch in range(max(map(len, histories.values())), recipe.epochs):
@@ -308,11 +301,11 @@ def train(
             loss = all_reduce_sum(torch.stack(losses[name]).mean()).item()
             trainee.end_epoch(loss, tested[name], watches[name].seconds())
         try:
-            if checkpoint and rank == 0:
+            if checkpoint:
                 save(checkpoint, trainees)
         finally:
             report(recipe.work((epoch + 1) / recipe.epochs), speed, histories)
-    base = trainees[baseline].seconds if baseline in trainees else []
+    base = trainees["residual"].seconds if "residual" in trainees else []
     return {
         name: {
             "epochs": len(trainee.history),
@@ -351,13 +344,12 @@ def save(checkpoint: Path, trainees: Mapping[str, Trainee]) -> None:
         path.write_bytes(hashlib.sha256(buffer.getbuffer()).digest() + buffer.getvalue())
 
 
-def restore(checkpoint: Path, trainees: Mapping[str, Trainee]) -> None:
+def restore(checkpoint: Path | None, trainees: Mapping[str, Trainee]) -> None:
     """Sets the trainees to what the checkpoint holds, if there is one; a damaged checkpoint is set aside.
 
-    Of several processes the first reads it for all.
+    Of several processes only the first has one, and reads it for all.
     """
-    first = processes()[0] == 0
-    content = broadcast(checkpoint.read_bytes() if first and checkpoint.exists() else None)
+    content = broadcast(checkpoint.read_bytes() if checkpoint and checkpoint.exists() else None)
     if content is None:
         return
     before = copy.deepcopy({name: trainee.state_dict() for name, trainee in trainees.items()})
@@ -374,7 +366,7 @@ def restore(checkpoint: Path, trainees: Mapping[str, Trainee]) -> None:
             raise
         for name, trainee in trainees.items():
             trainee.load_state_dict(before[name])
-        if first:
+        if checkpoint:
             aside = checkpoint.with_suffix(".damaged")
             os.replace(checkpoint, aside)
             reason = str(error).strip().partition("\n")[0]

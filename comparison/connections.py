@@ -1,7 +1,7 @@
 """The plain residual connection, and alternatives to LAuReL.
 
-All take x and f(x) of one shape. Their parameters are scales, named as LAuReL's values where they do the same: `alpha`
-weights f(x), `beta` x.
+Residual, ReZero and LayerScale take x and f(x), X0 the list of activations and f(x), DenseFormer the list. Their
+parameters are scales, named as LAuReL's values where they do the same: `alpha` weights f(x), `beta` x.
 """
 
 from collections.abc import Sequence

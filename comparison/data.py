@@ -4,7 +4,7 @@ CIFAR lives on the device as one uint8 tensor and is augmented there a whole bat
 run is drawn on the CPU from its seed alone, so that all models of a run see the same batches."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -64,21 +64,18 @@ class Dataset:
     def test_size(self) -> int:
         return len(self.test_labels)
 
-    def replace(self, change: Callable[[Tensor], Tensor], *names: str) -> "Dataset":
-        return replace(self, **{name: change(getattr(self, name)) for name in names})
-
     def to(self, device: torch.device) -> "Dataset":
-        return self.replace(lambda array: array.to(device), *SHA256)
+        return replace(self, **{name: getattr(self, name).to(device) for name in SHA256})
 
     def limit(self, n: int) -> "Dataset":
         """The first n training images, and the whole test set."""
-        return self.replace(lambda array: array[:n], "train_images", "train_labels")
+        return replace(self, train_images=self.train_images[:n], train_labels=self.train_labels[:n])
 
     def hold_out(self, n: int) -> "Dataset":
         """Train on all but the last n training images and test on those: for choosing a recipe."""
-        held_out = {"test_images": self.train_images[-n:], "test_labels": self.train_labels[-n:]}
-        rest = self.replace(lambda array: array[:-n], "train_images", "train_labels")
-        return replace(rest, name=f"{self.name}, tested on {n} held-out training images", **held_out)
+        train = {"train_images": self.train_images[:-n], "train_labels": self.train_labels[:-n]}
+        test = {"test_images": self.train_images[-n:], "test_labels": self.train_labels[-n:]}
+        return replace(self, name=f"{self.name}, tested on {n} held-out training images", **train, **test)
 
     def sample(self, n: int) -> Tensor:
         """The first n training images, on the CPU."""
@@ -96,7 +93,8 @@ class Dataset:
         """
         n, device = self.train_size, self.device
         flip = (torch.rand(n, generator=torch.Generator().manual_seed(seed)) < 0.5) ^ bool(epoch % 2)
-        generator, order = shuffled(n, seed, epoch)
+        generator = epoch_generator(seed, epoch)
+        order = torch.randperm(n, generator=generator)
         offset = torch.randint(-max_shift, max_shift + 1, (2, n), generator=generator)
         flip, order, offset = flip.to(device), order.to(device), offset.to(device)
         for i in order.split(batch_size)[: whole_batches(n, batch_size)]:
@@ -123,10 +121,9 @@ def whole_batches(n: int, batch_size: int) -> int:
     return max(1, n // batch_size)
 
 
-def shuffled(n: int, seed: int, epoch: int) -> tuple[torch.Generator, Tensor]:
-    """The order of the training images in an epoch, and the generator for what else it draws."""
-    generator = torch.Generator().manual_seed((seed << 20) + epoch + 1)
-    return generator, torch.randperm(n, generator=generator)
+def epoch_generator(seed: int, epoch: int) -> torch.Generator:
+    """For all that is drawn in an epoch."""
+    return torch.Generator().manual_seed((seed << 20) + epoch + 1)
 
 
 def synthetic() -> Dataset:

@@ -31,6 +31,11 @@ def write_json(path: Path, content: object, indent: int | None = None) -> None:
         temporary.write_text(json.dumps(content, indent=indent, allow_nan=False) + "\n")
 
 
+def describe(error: OSError, place: Path) -> str:
+    """What is wrong with which file; the place is for an error that names none."""
+    return f"{error.filename or place}: {error.strerror or error}"
+
+
 def remove_partial(folder: Path) -> None:
     """Removes what killed processes left."""
     for partial in folder.glob(f"{PARTIAL}*"):

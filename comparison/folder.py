@@ -14,7 +14,7 @@ from torchvision.datasets.folder import default_loader
 from torchvision.transforms import v2
 
 from comparison.console import UserError
-from comparison.data import Dataset, normalize, seeded, shuffled, whole_batches
+from comparison.data import Dataset, epoch_generator, normalize, seeded, whole_batches
 from comparison.distributed import shard
 from comparison.text import Text
 
@@ -63,7 +63,6 @@ class Folder:
     size: int
     workers: int
     device: torch.device
-    statistics: str = "ImageNet"
 
     examples, unit, units = Dataset.examples, Dataset.unit, Dataset.units
 
@@ -91,7 +90,7 @@ class Folder:
         return torch.cat([x for x, _ in self.load(self.train[:n], [range(min(n, len(self.train)))])]).cpu()
 
     def normalize(self, images: Tensor) -> Tensor:
-        return normalize(images, self.statistics)
+        return normalize(images, "ImageNet")
 
     def load(self, samples: list, batches: Iterable[Sequence[int]], seed: int | None = None) -> Iterator:
         """Batches of uint8 (N, size, size, 3) and labels on the device; with a seed cropped and mirrored at random."""
@@ -109,8 +108,8 @@ class Folder:
     def batches(self, seed: int, epoch: int, batch_size: int, max_shift: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """As those of Dataset, but cropped at random in place of shifted."""
         n = self.train_size
-        order = shuffled(n, seed, epoch)[1].split(batch_size)[: whole_batches(n, batch_size)]
-        numbers = [(shard(i) + epoch * n).tolist() for i in order]
+        order = torch.randperm(n, generator=epoch_generator(seed, epoch)).split(batch_size)
+        numbers = [(shard(i) + epoch * n).tolist() for i in order[: whole_batches(n, batch_size)]]
         for x, y in self.load(self.train, numbers, seed):
             yield self.normalize(x), y
 

@@ -97,14 +97,14 @@ class Model:
         options = {"channel_dim": channel_dim, **given}
         if self.base == "rw":
             return LAuReL(**options)
-        options["residual_weights"] = self.base.startswith("rw+")
+        options = {"rank": self.rank or rank, "residual_weights": self.base.startswith("rw+"), **options}
         match self.base:
             case "lr" | "rw+lr":
-                return LAuReL_LR(dim, **{"rank": self.rank or rank, **options})
+                return LAuReL_LR(dim, **options)
             case "pa" | "rw+pa":
-                return LAuReL_PA(dim, k, **{"rank": self.rank or rank, **options})
+                return LAuReL_PA(dim, k, **options)
             case "rw+lr+pa":  # eq. 6: a low-rank pair for each activation
-                return LAuReL_PA(dim, k, **{"rank": self.rank or rank, "shared": False, **options})
+                return LAuReL_PA(dim, k, **{"shared": False, **options})
             case "rezero":
                 return ReZero()
             case "layerscale":
@@ -130,10 +130,10 @@ def argument(text: str) -> tuple[str, object]:
 
 
 class Stage(nn.Module):
-    """Residual layers of one shape, which `down` brings its input to; `options` are those of Model.residual."""
+    """Residual layers of one shape, which `down` brings its input to; the last arguments are Model.residual's."""
 
     def __init__(
-        self, down: nn.Module, branches: list[nn.Sequential], width: int, model: Model, seed: int, **options
+        self, down: nn.Module, branches: list[nn.Sequential], width: int, model: Model, seed: int, **options: int
     ) -> None:
         super().__init__()
         self.down, self.branches, self.residuals = down, nn.ModuleList(branches), nn.ModuleList()

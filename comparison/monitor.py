@@ -17,7 +17,7 @@ class Monitor:
         """Takes what is counted in a second: images or bytes."""
         self.study, self.seeds, self.models, self.epochs, self.unit = study, list(seeds), models, epochs, unit
         self.seen: dict[int, int] = {}  # how many epochs of each seed have been shown
-        self.reported = (None, 0, 0.0)  # seed, epoch and time of the last report
+        self.reported, self.reported_at = None, 0.0  # seed and epoch of the last report, and its time
         text = TextColumn("{task.description}", markup=False, table_column=Column(overflow="fold"))
         self.bar = progress(text, BarColumn(20), TimeRemainingColumn(), speed_estimate_period=600)
         self.task = self.bar.add_task("", total=len(self.seeds), completed=self.done({}))
@@ -30,10 +30,9 @@ class Monitor:
     def report(self, seed: int, work: float, speed: float, histories: Mapping[str, list[dict]]) -> None:
         """Leaves word of a seed that this process trains, for all: after each epoch, and at most once a second."""
         tested = max(map(len, histories.values()))
-        last, epoch, at = self.reported
-        if (last, epoch) == (seed, tested) and time.monotonic() < at + 1:
+        if self.reported == (seed, tested) and time.monotonic() < self.reported_at + 1:
             return
-        self.reported = (seed, tested, time.monotonic())
+        self.reported, self.reported_at = (seed, tested), time.monotonic()
         models = [f"{name} {state(history)}" for name, history in histories.items() if history]
         shown = f"{', '.join(models)}; " if models else ""
         text = f"{shown}{speed:.0f} {self.unit}/s"

@@ -90,8 +90,10 @@ def draw_curves(by_model: dict[str, list[dict]], against: str, style: dict) -> "
     figure, panels = subplots(1, 2, figsize=(12, 4.5))
     for panel, (field, text) in zip(panels, fields.items()):
         for name, mine in pairs.items():
-            by_epoch = zip(*(zip(*pair) for pair in mine))  # the pairs' entries
-            tests = [paired_test(*([each[field] for each in side] for side in zip(*epoch))) for epoch in by_epoch]
+            tests = [
+                paired_test([one[i][field] for one, _ in mine], [other[i][field] for _, other in mine])
+                for i in range(len(mine[0][0]))
+            ]
             means = [statistics.mean(test["differences"]) for test in tests]
             low, high = zip(*(test["interval"] or (mean, mean) for test, mean in zip(tests, means)))
             epochs = range(1, len(means) + 1)
@@ -143,14 +145,14 @@ def draw_parameters(summary: list[dict], against: str, style: dict) -> "Figure |
     measures = measured(summary)
     figure, panels = subplots(1, len(measures), figsize=(6 * len(measures), 4.5), squeeze=False)
     for panel, measure in zip(panels[0], measures):
-        mean, sd = over_seeds([[value] for value in base[measure.field]["values"]])
-        panel.axhline(mean[0], color="0.4", linestyle="--", label=against)
-        panel.axhspan(mean[0] - sd[0], mean[0] + sd[0], color="0.85")
+        mean, sd = over_seeds(base[measure.field]["values"])
+        panel.axhline(mean, color="0.4", linestyle="--", label=against)
+        panel.axhspan(mean - sd, mean + sd, color="0.85")
         for entry in added:
             if entry[measure.field]["values"]:
-                mean, sd = over_seeds([[value] for value in entry[measure.field]["values"]])
+                mean, sd = over_seeds(entry[measure.field]["values"])
                 look = style[entry["model"]] | {"linestyle": "none"}
-                panel.errorbar(entry["added"], mean[0], yerr=sd[0], capsize=4, label=entry["model"], **look)
+                panel.errorbar(entry["added"], mean, yerr=sd, capsize=4, label=entry["model"], **look)
         panel.set(xscale="log", xlabel=f"parameters added to those of {against}", ylabel=measure.name)
         panel.grid(alpha=0.3)
     how = "mean ± standard deviation" if max(entry["finished"] for entry in summary) > 1 else None
@@ -235,9 +237,9 @@ def draw_learning(by_model: dict[str, list[dict]], style: dict) -> "Figure | Non
     return figure
 
 
-def over_seeds(values: list[list[float]]) -> tuple:
-    """Mean and standard deviation of each column, as arrays; 0 for the latter where there is one seed."""
+def over_seeds(values: list) -> tuple:
+    """Mean and standard deviation over the first dimension; 0 for the latter where there is one seed."""
     import numpy as np
 
     array = np.array(values)
-    return array.mean(axis=0), array.std(axis=0, ddof=1) if len(array) > 1 else np.zeros(array.shape[1])
+    return array.mean(axis=0), array.std(axis=0, ddof=min(1, len(array) - 1))

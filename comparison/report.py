@@ -74,16 +74,20 @@ def summarize(runs: list[dict], against: str = "residual") -> list[dict]:
         for result, p in zip(tested, holm([result["p"] for result in tested])):
             result["p_holm"] = p
             result["verdict"] = verdict(result, measure, len(tested))
-    base = next((entry["diverged"] for entry in summary if entry["model"] == against), 0)
+    diverged: dict[str, dict[int, bool]] = {}
+    for run in runs:
+        diverged.setdefault(run["model"], {})[run["seed"]] = bool(run.get("diverged"))
+    base = diverged.get(against, {})
     for entry in summary:
-        if entry["diverged"] != base:  # a run that diverges counts as worse than all others
-            word = "worse: diverged" if entry["diverged"] > base else f"better: {against} diverged"
+        mine = diverged[entry["model"]]
+        more = sum(mine[seed] - base[seed] for seed in mine.keys() & base.keys())
+        if more:  # a run that diverges counts as worse than all others
             for measure in MEASURES:
-                entry[measure.field]["verdict"] = word
+                entry[measure.field]["verdict"] = "worse: diverged" if more > 0 else f"better: {against} diverged"
     return summary
 
 
-def paired_test(mine: Sequence[float] = (), base: Sequence[float] = ()) -> dict:
+def paired_test(mine: Sequence[float], base: Sequence[float]) -> dict:
     """Student's t-test of the paired differences: p, their mean's 95 and 90 % intervals, their standard deviation.
 
     None where there is nothing to test: fewer than two pairs, or differences that are all the same.

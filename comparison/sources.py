@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import torch
 from rich.progress import DownloadColumn, Progress, TransferSpeedColumn
@@ -46,22 +46,7 @@ ENWIK8_PACKAGE = "mingru-pytorch==0.2.1"  # its source has data/enwik8.gz
 Content = TypeVar("Content")
 
 
-class Kind(NamedTuple):
-    title: str
-    kept: str  # the file that keeps it for the next time
-    variable: str  # names its folder
-    classes: int
-
-
-KINDS = {
-    CIFAR10: Kind("CIFAR-10", "cifar10.pt", "CIFAR10_DIR", 10),
-    CIFAR100: Kind("CIFAR-100", "cifar100.pt", "CIFAR100_DIR", 100),
-}
-
-
 TIMEOUT = 20  # seconds without a byte until a server is given up
-
-
 SLOWEST = 200_000  # bytes per second, averaged since the start: below it a server is given up after TIMEOUT
 
 
@@ -71,7 +56,8 @@ def load_cifar(cifar: type[CIFAR10], data_dir: Path) -> Dataset:
     Raises:
         UserError: no source has it.
     """
-    title, kept, variable, classes = KINDS[cifar]
+    classes = 100 if cifar is CIFAR100 else 10
+    title, kept, variable = f"CIFAR-{classes}", f"cifar{classes}.pt", f"CIFAR{classes}_DIR"
     sources: list[tuple[str, Callable[[], dict[str, Tensor]]]] = []
     for folder in dict.fromkeys([data_dir, Path(os.environ.get(variable) or data_dir)]):
         sources.append((str(folder / kept), partial(read_cache, folder / kept)))

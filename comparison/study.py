@@ -49,7 +49,7 @@ def git_commit() -> str | None:
 def configuration(options: Mapping) -> dict:
     """All options and versions, as JSON has them."""
     plain = {
-        name: value if value is None or isinstance(value, (int, list)) else str(value)
+        name: value if value is None or isinstance(value, (int, float, list)) else str(value)
         for name, value in options.items()
     }
     return {
@@ -93,7 +93,7 @@ class Study:
     when the process dies.
 
     Attributes:
-        config: the options and versions that the numbers depend on.
+        config: all options and versions.
         runs: an entry for each model and seed that has finished, by (model, seed).
     """
 
@@ -175,16 +175,13 @@ class Study:
         """
         while left := [seed for seed in seeds if self.lacking(seed, models)]:
             for seed in left:
-                try:
-                    with self.lock(f"seed {seed}", wait=False):
-                        self.refresh()
-                        while group := self.begun(seed) or self.lacking(seed, models):
-                            with self.lock("study"):
-                                self.folder(seed).mkdir(parents=True, exist_ok=True)
-                            remove_partial(self.folder(seed))
-                            yield seed, group
-                except filelock.Timeout:
-                    continue
+                with suppress(filelock.Timeout), self.lock(f"seed {seed}", wait=False):  # another process may have it
+                    self.refresh()
+                    while group := self.begun(seed) or self.lacking(seed, models):
+                        with self.lock("study"):
+                            self.folder(seed).mkdir(parents=True, exist_ok=True)
+                        remove_partial(self.folder(seed))
+                        yield seed, group
             if waiting is None:
                 return
             self.refresh()

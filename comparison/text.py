@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from comparison.data import epoch_generator, whole_batches
 from comparison.distributed import shard
 
 LENGTH = 128  # bytes of a sequence, of which each is predicted from those before it
@@ -60,10 +61,10 @@ class Text:
 
         A function of the seed and the epoch alone; each process has its shard of every batch.
         """
-        generator = torch.Generator().manual_seed((seed << 20) + epoch + 1)
-        n = max(1, self.train_size // batch_size) * min(batch_size, self.train_size)
-        places = torch.randint(len(self.train) - LENGTH, (n,), generator=generator).to(self.device)
-        for part in places.split(min(batch_size, self.train_size)):
+        batch = min(batch_size, self.train_size)
+        shape = (whole_batches(self.train_size, batch_size), batch)
+        places = torch.randint(len(self.train) - LENGTH, shape, generator=epoch_generator(seed, epoch))
+        for part in places.to(self.device):
             yield sequences(self.train, shard(part))
 
     def test_batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:

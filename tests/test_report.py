@@ -170,6 +170,14 @@ def test_nothing_is_compared_with_a_run_that_diverged():
     assert columns["test accuracy %: verdict"] == ["–", "better: residual diverged"]
 
 
+def test_a_run_that_diverged_says_nothing_of_models_that_were_not_trained_with_its_seed():
+    runs = runs_of({"residual": BASE, "rw": BASE[:3], "lr": BASE})
+    runs[4]["diverged"] = 1  # residual's last seed
+    columns = columns_of(table({**CONFIG, "seeds": [0, 1, 2, 3, 4]}, runs))
+    assert columns["test loss: verdict"] == ["–", "–", "better: residual diverged"]
+    assert all(entry["test_loss"]["verdict"] is None for entry in summarize(runs, "pa"))
+
+
 def test_a_step_ratio_is_shown_where_there_is_one():
     runs = runs_of({"residual": [0.87], "rw": [0.88], "lr": [0.88]}, step_ratio_quartiles=[0.95, 1.2])
     runs[1]["step_ratio"] = 1.05
