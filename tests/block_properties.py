@@ -268,19 +268,18 @@ class BlockProperties:
                 if name == "A":
                     p.data.fill_(1.0)
 
-    def test_weights_of_a_bfloat16_block_are_as_fine_as_w_is(self, path):
-        block = self.make(path).bfloat16()
-        if getattr(block, "w", None) is not None:
-            with torch.no_grad():
-                block.w.fill_(0.001)[0] = 0.003  # bfloat16 has no number between 1 and 1 ± 1/256
-            assert 1.0005 < block.alpha.max() < 1.005
+    def test_weights_of_a_bfloat16_block_are_as_fine_as_w_is(self, weighted):
+        block = self.make(weighted).bfloat16()
+        with torch.no_grad():
+            block.w.fill_(0.001)[0] = 0.003  # bfloat16 has no number between 1 and 1 ± 1/256
+        assert 1.0005 < block.alpha.max() < 1.005
 
-    def test_a_bfloat16_stream_takes_weights_that_bfloat16_has_not(self, path):
-        block, zero, values = self.make(path), torch.zeros(64, D).bfloat16(), torch.randn(64, D).bfloat16()
-        if getattr(block, "w", None) is not None and block.alpha.ndim == 0:  # vectors are rounded
-            block.w.data[: len(block.w) // 2 or 1] += 0.007
-            for xs, fx, weight in (([zero] * 4, values, block.alpha), ([zero] * 3 + [values], zero, block.beta)):
-                assert torch.equal(self.call(block, xs, fx), (values.double() * weight.double()).bfloat16())
+    def test_a_bfloat16_stream_takes_weights_that_bfloat16_has_not(self, weighted):
+        block, zero, values = self.make(weighted), torch.zeros(64, D).bfloat16(), torch.randn(64, D).bfloat16()
+        block.w.data[: len(block.w) // 2 or 1] += 0.007
+        for xs, fx, weight in (([zero] * 4, values, block.alpha), ([zero] * 3 + [values], zero, block.beta)):
+            weight = weight.bfloat16() if weight.ndim else weight  # vectors are in the dtype of x
+            assert torch.equal(self.call(block, xs, fx), (values.double() * weight.double()).bfloat16())
 
     @pytest.mark.parametrize("dtypes", [(BFLOAT16, BFLOAT16), (FLOAT32, BFLOAT16), (FLOAT32, FLOAT32)], ids=str)
     def test_autocast_on_a_gpu_lifts_nothing_to_float32(self, path, dtypes):

@@ -20,11 +20,16 @@ def seed():
 
 
 def pytest_generate_tests(metafunc):
-    """`variant` runs a block's property for all its options, `path` for one of each way through forward."""
+    """`variant` runs a block's property for all its options, `path` for one of each way through forward.
+
+    `weighted` for those of the paths that have α and β.
+    """
     if "variant" in metafunc.fixturenames:
         metafunc.parametrize("variant", metafunc.cls.variants)
     if "path" in metafunc.fixturenames:
         metafunc.parametrize("path", metafunc.cls.paths)
+    if "weighted" in metafunc.fixturenames:
+        metafunc.parametrize("weighted", [path for path in metafunc.cls.paths if not path.startswith(("LR", "PA"))])
 
 
 @pytest.fixture(scope="session")

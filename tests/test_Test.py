@@ -38,10 +38,9 @@ def test_all_models_take_the_same_batches(data, monkeypatch):
         seen[name] = []
         TrainUtil.train({name: SmallCNN(Model.parse(name), 0, data)}, data, recipe, 0)
     assert len(seen["residual"]) == 4
-    for mine, theirs in zip(seen["rw+lr+pa"], seen["residual"]):
-        assert all(torch.equal(a, b) for a, b in zip(mine, theirs))
-    for mine, theirs in zip(seen["deeper"], seen["residual"]):
-        assert all(torch.equal(a, b) for a, b in zip(mine, theirs))
+    for name in ("rw+lr+pa", "deeper"):
+        for mine, theirs in zip(seen[name], seen["residual"], strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(mine, theirs))
 
 
 def test_a_whole_run_leaves_its_files(finished):
