@@ -203,8 +203,8 @@ def build(arch: str, model: Model, seed: int, data: Data, smallest: int | None =
     return network.train()
 
 
-def whitening_filters(data: Data) -> Tensor:
-    """Filters (16, 3, 2, 2): ± the eight main principal axes of the images' 2×2 patches, scaled to unit variance.
+def whitening_filters(data: Data, axes: int = 8) -> Tensor:
+    """Filters (2 · axes, 3, 2, 2): ± the main principal axes of the images' 2×2 patches, scaled to unit variance.
 
     All twelve were no better on the held-out images, and the convolution that follows is the most expensive one.
     """
@@ -212,7 +212,7 @@ def whitening_filters(data: Data) -> Tensor:
     patches = F.unfold(data.normalize(data.sample(n_images)), kernel_size=2, stride=2)  # (N, 12, patches)
     patches = patches.transpose(0, 1).flatten(1)  # (12, N · patches)
     variance, vectors = torch.linalg.eigh(patches @ patches.T / patches.shape[1])  # ascending
-    filters = (vectors / (variance + 5e-4).sqrt()).T.reshape(12, 3, 2, 2)[-8:]
+    filters = (vectors / (variance + 5e-4).sqrt()).T.reshape(12, 3, 2, 2)[-axes:]
     return torch.cat([filters, -filters])
 
 

@@ -1,7 +1,9 @@
 import json
 import os
 import re
+import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 import warnings
@@ -103,6 +105,18 @@ def test_code_of_the_pages_runs(page, block, tmp_path, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of libraries about themselves
         exec(compile(block, page, "exec"), {})
+
+
+@pytest.mark.slow
+def test_the_script_beside_the_results_runs(tmp_path, monkeypatch, data):
+    path = tmp_path / "results" / "airbench94" / "airbench94.py"
+    path.parent.mkdir(parents=True)
+    shutil.copy(ROOT / "results" / "airbench94" / "airbench94.py", path)
+    monkeypatch.syspath_prepend(ROOT)
+    monkeypatch.setattr("comparison.sources.load_cifar", lambda *_: data.limit(600).hold_out(100))
+    runpy.run_path(str(path))["main"](1, tmp_path)
+    (entry,) = json.loads((path.parent / "1-epochs.json").read_text())["history"]
+    assert entry["test_loss"] > 0
 
 
 @pytest.mark.download
