@@ -35,9 +35,9 @@ class LAuReL_LR(nn.Module):
     r"""Adds a branch, its input and a low-rank map of its input: f(x) + x + B A x (LAuReL-LR, §2.2, eq. 3).
 
     With ``residual_weights=True`` it is RW+LR: α · f(x) + β · (x + B A x) (eq. 5). B starts at zero, and the block as
-    the plain residual, to the last bit, unless ``scale`` is changed. A loop that fills every matrix of a model, as
-    nn.Transformer's does, fills B too: call ``reset_parameters()`` after it. A and B may learn at Adam's usual rates
-    (up to 0.003 was tried in a GPT); give ``w`` a group without weight decay and with a rate of 0.003 to 0.01.
+    the plain residual, to the last bit, unless ``scale`` is changed. After a loop that fills every matrix of a model,
+    such as nn.Transformer's, call ``reset_parameters()``. Let Adam train A and B (0.0003 to 0.003 were tried in a GPT),
+    not Muon at the rate of other matrices; give ``w`` a group without weight decay and with a rate of 0.003 to 0.01.
 
     Args:
         dim: D, the size of the channel dimension.
