@@ -22,7 +22,7 @@ def seed():
 def pytest_generate_tests(metafunc):
     """`variant` runs a block's property for all its options, `path` for one of each way through forward.
 
-    `weighted` for those of the paths that have α and β.
+    `weighted` is for those of these that have α and β.
     """
     if "variant" in metafunc.fixturenames:
         metafunc.parametrize("variant", metafunc.cls.variants)
@@ -52,7 +52,7 @@ def uninterrupted(tmp_path_factory) -> list[dict]:
 
 
 @pytest.fixture(autouse=True)
-def process_stays_as_it_was(data):
+def process_stays_as_it_was():
     before = torch.get_num_threads()
     with plain_script():
         yield

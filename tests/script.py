@@ -36,14 +36,13 @@ def in_child(options: tuple[str, ...], output: str, before: Callable[[], None] |
         os.dup2(file, stream)
     if before:
         before()
-    script = importlib.import_module("Test")
-    script.draw = lambda *_: []  # pictures take most of the time, and nobody looks at these
-    sys.exit(script.main(list(options)))
+    with plain_script():
+        sys.exit(importlib.import_module("Test").main(list(options)))
 
 
 @contextlib.contextmanager
 def plain_script() -> Iterator[None]:
-    """Test.main in the process of the tests: it draws no pictures, which take long, and lets memory go."""
+    """Test.main draws no pictures, which take long, and lets memory go, which would add up over the tests."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("Test.keep_memory", lambda: None)
         patch.setattr("Test.draw", lambda *_: [])
