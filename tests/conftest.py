@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from script import STUDY, SYNTHETIC, numbers, plain_script, run
+from script import STUDY, SYNTHETIC, made_up, numbers, plain_script, run
 
 import Test
-from comparison.data import Dataset, synthetic
+from comparison.data import Dataset
 from comparison.pictures import draw
 
 
@@ -34,13 +34,15 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture(scope="session")
 def data() -> Dataset:
-    return synthetic()
+    return made_up()
 
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory) -> tuple[subprocess.CompletedProcess, Path]:
     out = tmp_path_factory.mktemp("runs") / "finished"
-    return run(*SYNTHETIC, "--models", "residual", "rw", "rw+lr+pa@4/2", "--seeds", "2", "--out", str(out)), out
+    options = (*SYNTHETIC, "--models", "residual", "rw", "rw+lr+pa@4/2", "--seeds", "2", "--out", str(out))
+    notebook = {"MPLBACKEND": "module://a_notebook_of_another_project"}  # which must not matter
+    return run(*options, env={**os.environ, **notebook}), out
 
 
 @pytest.fixture(scope="session")

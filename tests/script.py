@@ -14,6 +14,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
+
+from comparison.data import Dataset, synthetic
 
 ROOT = Path(__file__).parents[1]
 
@@ -34,6 +37,8 @@ def in_child(options: tuple[str, ...], output: str, before: Callable[[], None] |
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
         os.dup2(file, stream)
+    lines = {"mode": "w", "buffering": 1, "encoding": "utf-8", "closefd": False}
+    sys.stdout, sys.stderr = (open(stream, **lines) for stream in (1, 2))  # noqa: SIM115
     if before:
         before()
     with plain_script():
@@ -46,7 +51,14 @@ def plain_script() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("Test.keep_memory", lambda: None)
         patch.setattr("Test.draw", lambda *_: [])
+        patch.setattr("Test.synthetic", made_up)
         yield
+
+
+@functools.cache
+def made_up() -> Dataset:
+    """The synthetic data, which take a second to make."""
+    return synthetic()
 
 
 @functools.cache
@@ -62,6 +74,21 @@ def start(*options: str, output: Path, before: Callable[[], None] | None = None)
     process = forkserver().Process(target=in_child, args=(options, str(output), before))
     process.start()
     return process
+
+
+def together(work: Callable[..., None], *args: object) -> None:
+    """work(*args) in two processes that torchrun might have started."""
+    forkserver()
+    torch.multiprocessing.start_processes(join, (free_port(), work, *args), nprocs=2, start_method="forkserver")
+
+
+def join(rank: int, port: int, then: Callable[..., None] | None = None, *args: object) -> None:
+    """Makes this process one of two, by what torchrun tells a process."""
+    told = {"TORCHELASTIC_RUN_ID": 1, "TORCHELASTIC_MAX_RESTARTS": 0, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    told |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    os.environ.update({name: str(value) for name, value in told.items()})
+    if then:
+        then(*args)
 
 
 def wait_for(there: Callable[[], object], seconds: float = 300) -> None:

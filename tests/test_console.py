@@ -1,13 +1,12 @@
 import contextlib
 import io
-import os
-import subprocess
 import sys
+from functools import partial
 
 import pytest
 import rich
 from rich.console import Console
-from script import ROOT
+from script import POSIX, start
 
 import Test
 from comparison import console
@@ -44,15 +43,22 @@ def test_names_are_shown_as_they_are():
     assert all(part in shown(80, **content) for part in ("photos[small]", "[b]", ":smile:", "[/]"))
 
 
+def set_encoding(name: str) -> None:
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(encoding=name)
+
+
 @pytest.mark.slow
+@POSIX
 @pytest.mark.parametrize(("encoding", "options"), [("ascii", "--help"), ("cp1252", "--draw")])
-def test_output_fits_its_encoding(encoding, options, finished):
-    command = [sys.executable, ROOT / "Test.py", options, *[str(finished[1])] * (options == "--draw")]
-    environment = {**os.environ, "PYTHONIOENCODING": encoding}
-    done = subprocess.run(command, capture_output=True, env=environment, encoding=encoding)
-    assert done.returncode == 0, done.stderr
-    assert "?" not in done.stdout
-    assert options == "--help" or "±" in done.stdout
+def test_output_fits_its_encoding(encoding, options, finished, tmp_path):
+    out = [str(finished[1])] * (options == "--draw")
+    process = start(options, *out, output=tmp_path / "said", before=partial(set_encoding, encoding))
+    process.join()
+    said = (tmp_path / "said").read_text(encoding)
+    assert process.exitcode == 0, said
+    assert "?" not in said
+    assert options == "--help" or "±" in said
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp437", "cp932", "cp1251", "cp1252", "utf-8"])

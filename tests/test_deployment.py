@@ -2,6 +2,7 @@
 
 import importlib
 import io
+import os
 import shutil
 import warnings
 from functools import partial
@@ -9,7 +10,6 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from kinds import (
     ALL_KINDS,
@@ -25,6 +25,7 @@ from kinds import (
     random_,
     randomize_blocks,
 )
+from script import together
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -277,8 +278,9 @@ def half(x: Tensor, rank: int) -> Tensor:
     return x[4 * rank : 4 * rank + 4]
 
 
-def work(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
+def work(folder: str) -> None:
+    rank = int(os.environ["RANK"])
+    dist.init_process_group("gloo")
     results = {"replicas": replicas(rank), "start": whole(start_sharded().state_dict()), "weights": sharded_weights()}
     results["replicated"] = replicated()
     model = shard(trained().double())
@@ -297,7 +299,7 @@ def two_processes(tmp_path_factory):
     if not dist.is_available() or not hasattr(importlib.import_module("torch.distributed.fsdp"), "fully_shard"):
         pytest.skip("fully_shard is in torch 2.6 and newer")
     folder = tmp_path_factory.mktemp("sharded")
-    mp.spawn(work, (str(folder),), nprocs=2)
+    together(work, str(folder))
     return torch.load(folder / "results", weights_only=True)
 
 

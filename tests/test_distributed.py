@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from script import ROOT, free_port
+from script import ROOT, together
 from torch import nn
 
 import TrainUtil
@@ -45,9 +45,8 @@ def setting(norm: bool, images: int, batch: int) -> tuple:
     return small_network(norm), synthetic().limit(images), recipe, 0
 
 
-def train_with_others(rank: int, world: int, folder: str) -> None:
-    os.environ.update(TORCHELASTIC_RUN_ID="1", RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
-    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=(Path(folder) / "port").read_text())
+def train_with_others(folder: str) -> None:
+    rank = int(os.environ["RANK"])
     TrainUtil.compiled = lambda models, accumulate: models  # the warm-up, without the compiler's minute
     results = {}
     with process_group(torch.device("cpu")):
@@ -64,8 +63,7 @@ def train_with_others(rank: int, world: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def in_two_processes(tmp_path_factory) -> list[dict]:
     folder = tmp_path_factory.mktemp("together")
-    (folder / "port").write_text(str(free_port()))
-    torch.multiprocessing.spawn(train_with_others, (2, str(folder)), nprocs=2)
+    together(train_with_others, str(folder))
     return [torch.load(folder / f"result{rank}") for rank in (0, 1)]
 
 

@@ -1,10 +1,10 @@
 import os
 import re
-import subprocess
-import sys
+import select
+from pathlib import Path
 
 import pytest
-from script import POSIX, ROOT, SYNTHETIC
+from script import POSIX, SYNTHETIC, start
 
 from comparison.monitor import Monitor
 from comparison.study import Study
@@ -66,28 +66,24 @@ def test_a_seed_is_reported_once_a_second_and_after_each_epoch(study, monkeypatc
     assert reports == [(0.0, 0), (0.9, 1), (2.0, 1)]
 
 
-def in_terminal(*options: str, **environment: str) -> str:
-    """What a terminal of 80 columns gets."""
-    pty = pytest.importorskip("pty")
-    main, end = pty.openpty()
-    command = [sys.executable, ROOT / "Test.py", *options]
-    variables = {**os.environ, "COLUMNS": "80", "TERM": "xterm", **environment}
-    process = subprocess.Popen(command, stdin=end, stdout=end, stderr=end, env=variables)
-    os.close(end)
-    text = b""
-    try:
-        while part := os.read(main, 4096):
-            text += part
-    except OSError:  # Linux's way to say that the other end is closed
-        pass
-    assert process.wait() == 0, text
-    return text.decode()
+def take_eighty_columns() -> None:
+    os.environ.update(COLUMNS="80", TERM="xterm")
 
 
 @pytest.mark.slow
 @POSIX
 def test_a_terminal_has_a_live_line_of_which_nothing_is_cut(tmp_path):
-    live = in_terminal(*SYNTHETIC, "--models", "residual", "--out", str(tmp_path))
+    main, end = pytest.importorskip("pty").openpty()
+    options = (*SYNTHETIC, "--models", "residual", "--out", str(tmp_path))
+    process = start(*options, output=Path(os.ttyname(end)), before=take_eighty_columns)
+    text = b""
+    while process.is_alive() or select.select([main], [], [], 0)[0]:
+        if select.select([main], [], [], 0.1)[0]:
+            text += os.read(main, 4096)
+    os.close(end)
+    os.close(main)
+    live = text.decode()
+    assert process.exitcode == 0, live
     assert "\x1b[2K" in live
     assert "images/s" in live
     assert "…" not in live

@@ -2,14 +2,13 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 import pytest
-from script import POSIX, ROOT, STUDY, SYNTHETIC, numbers, plain_script, results, start, wait_for
+from script import POSIX, STUDY, SYNTHETIC, numbers, plain_script, results, start, wait_for
 
 import Test
 from comparison.study import Study
@@ -122,28 +121,32 @@ def test_killed_processes_take_nothing_with_them(victim, long, tmp_path):
     assert numbers(out) == long
 
 
-@pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
+def lead_a_group() -> None:
+    """Makes this process the first of a group of its own, which heeds Ctrl-C as one that a shell starts."""
+    os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@POSIX
 def test_interrupting_keeps_what_has_finished(tmp_path):
     out = tmp_path / "out"
     options = ("--models", "residual", "rw", "--seeds", "500", "--parallel", "2", "--out", str(out))
-    command = [sys.executable, str(ROOT / "Test.py"), *SYNTHETIC, *options]
-    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background job starts by ignoring it
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "encoding": "utf-8"}
-    process = subprocess.Popen(command, preexec_fn=heed, start_new_session=True, **pipes)
+    process = start(*SYNTHETIC, *options, output=tmp_path / "said", before=lead_a_group)
     try:
         wait_for(lambda: (out / "results.json").exists() and len(results(out)) >= 4)
         helpers = helpers_of(process.pid)
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-        stdout, stderr = process.communicate(timeout=300)
+        process.join(300)
     finally:
         process.kill()
-    assert process.returncode == 130, stderr
+    said = (tmp_path / "said").read_text()
+    assert process.exitcode == 130, said
     runs = json.loads((out / "results.json").read_text())["runs"]
-    assert f"{len(runs)} runs have finished" in stderr
-    assert "Traceback" not in stderr
-    assert f"| {runs[0]['model']} " in stdout
-    assert "[" in stdout.rpartition("| rw ")[2]  # an interval
-    assert {"accuracy.png", "results.csv", "results.json"} <= {path.name for path in out.iterdir()}
+    assert f"{len(runs)} runs have finished" in said
+    assert "Traceback" not in said
+    assert f"| {runs[0]['model']} " in said
+    assert "[" in said.rpartition("| rw ")[2]  # an interval
+    assert {"results.csv", "results.json"} <= {path.name for path in out.iterdir()}
     assert not any(Path(f"/proc/{pid}").exists() for pid in helpers)
 
 

@@ -1,10 +1,9 @@
 import copy
 import json
-import os
 import shutil
 
 import pytest
-from script import CONFIG, PICTURES, ROOT, run, runs_of
+from script import CONFIG, PICTURES, ROOT, runs_of
 
 import Test
 from comparison.pictures import figures
@@ -107,13 +106,6 @@ def test_a_study_can_be_drawn_against_another_model(finished, tmp_path, capsys):
     error = capsys.readouterr().err
     assert "--against lr" in error
     assert "residual, rw, rw+lr+pa@4/2" in error
-
-
-@pytest.mark.slow
-def test_a_notebooks_backend_does_not_matter(finished):
-    done = run("--draw", str(finished[1]), env={**os.environ, "MPLBACKEND": "module://a_notebook_of_another_project"})
-    assert done.returncode == 0, done.stderr
-    assert "accuracy.png" in done.stdout
 
 
 def test_a_dollar_in_a_name_is_a_dollar(finished, tmp_path):

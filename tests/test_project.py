@@ -1,16 +1,13 @@
 import json
-import os
 import re
 import runpy
 import shlex
 import shutil
-import subprocess
-import sys
 import warnings
 
 import pytest
 from packaging.requirements import Requirement
-from script import ROOT, run, torchrun
+from script import ROOT, run, together
 from torchvision.datasets import CIFAR10
 
 import Test
@@ -71,11 +68,10 @@ def test_commands_parse(command):
 @pytest.mark.slow
 @pytest.mark.parametrize("command", [command for command in commands() if "synthetic" in command])
 def test_commands_that_download_nothing_run(command, tmp_path):
-    program, *words = shlex.split(command)
-    options = [*words[words.index("Test.py") + 1 :], "--limit", "400", "--out", str(tmp_path / "out")]
-    started = torchrun(*options) if program == "torchrun" else [sys.executable, str(ROOT / "Test.py"), *options]
-    done = subprocess.run(started, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    """Without torchrun, which test_torchrun starts."""
+    words = shlex.split(command)
+    options = words[words.index("Test.py") + 1 :]
+    assert Test.main([*options, "--limit", "400", "--hold-out", "100", "--out", str(tmp_path / "out")]) == 0
 
 
 def code() -> list:
@@ -96,11 +92,7 @@ def test_code_of_the_pages_runs(page, block, tmp_path, monkeypatch):
     if "fully_shard" in block:  # in two processes
         pytest.importorskip("torch", "2.6")
         end = "torch.distributed.barrier()\nimport comparison.distributed\ncomparison.distributed.leave(0)\n"
-        (tmp_path / "train.py").write_text(block + end)
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train.py"]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        together(exec, block + end, {})
         return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of libraries about themselves

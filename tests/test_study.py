@@ -231,7 +231,7 @@ def test_a_run_that_diverges_is_recorded_and_the_others_go_on(tmp_path, monkeypa
         return net
 
     monkeypatch.setitem(ARCHS, "small", build)
-    options = [*SYNTHETIC, "--epochs", "2", "--models", "residual", "rw", "--seeds", "2", "--out", str(tmp_path)]
+    options = [*STUDY, "--epochs", "2", "--models", "residual", "rw", "--out", str(tmp_path)]
     assert Test.main(options) == 0
     printed = capsys.readouterr().out
     runs = {(run["model"], run["seed"]): run for run in json.loads((tmp_path / "results.json").read_text())["runs"]}

@@ -1,6 +1,6 @@
 import json
+import multiprocessing
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from script import SYNTHETIC, free_port, results, start, torchrun
+from script import SYNTHETIC, free_port, join, plain_script, results, start, torchrun
 
 import Test
 from comparison.networks import ARCHS
@@ -28,46 +28,35 @@ def workers(torchrun: int) -> list[int]:
     return sorted(int(line.split()[0]) for line in listed.splitlines() if "Test.py" in line)
 
 
-def join(rank: int, port: int, gpt6: Callable) -> None:
-    """Makes this process one of two, by what torchrun tells a process."""
-    told = {"TORCHELASTIC_RUN_ID": 1, "TORCHELASTIC_MAX_RESTARTS": 0, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-    told |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
-    os.environ.update({name: str(value) for name, value in told.items()})
-    ARCHS["gpt6"] = gpt6
-
-
 @pytest.fixture(scope="module")
-def together(tmp_path_factory) -> tuple[subprocess.CompletedProcess, Path]:
-    out = tmp_path_factory.mktemp("together")
-    command = torchrun(*TOGETHER, "--out", str(out))
-    return subprocess.run(command, capture_output=True, text=True, encoding="utf-8"), out
+def alone(tmp_path_factory) -> list[dict]:
+    """What one process ends with."""
+    out = tmp_path_factory.mktemp("alone")
+    with plain_script():
+        assert Test.main([*TOGETHER, "--out", str(out)]) == 0
+    return results(out)
 
 
-def test_torchrun_gives_the_numbers_of_one_process_once(together, tmp_path):
-    done, out = together
-    assert done.returncode == 0, done.stderr
-    assert len(re.findall("epoch 2/2", done.stdout)) == 1  # only the first process prints
-    assert done.stdout.count("2 processes") == 1
-    assert Test.main([*TOGETHER, "--out", str(tmp_path)]) == 0
-    for mine, one in zip(results(out), results(tmp_path), strict=True):
-        losses = ([entry["train_loss"] for entry in run["history"]] for run in (mine, one))
-        torch.testing.assert_close(*losses, rtol=1e-4, atol=0)
-        assert mine["parameters"] == one["parameters"]
-    assert json.loads((out / "results.json").read_text())["config"]["processes"] == 2
-    assert Test.main([*TOGETHER, "--out", str(out)]) == 2  # another number of processes
+def started_together(said: Path, *options: str, then: Callable | None = None) -> list[multiprocessing.Process]:
+    """Two processes, that write to files in a folder."""
+    port = free_port()
+    return [start(*options, output=said / str(rank), before=partial(join, rank, port, then)) for rank in (0, 1)]
+
+
+def one_layer() -> None:
+    """Less to compile."""
+    ARCHS["gpt6"] = partial(GPT, layers=1)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler on the CPU")
 def test_two_processes_compile_and_accumulate_without_changing_the_losses(tmp_path, monkeypatch):
-    small = partial(GPT, layers=1)  # less to compile
     options = (*TOGETHER, "--models", "residual", "--accumulate", "2")
-    two, port = (*options, "--compile", "--out", str(tmp_path / "two")), free_port()
-    said = [tmp_path / f"process {rank}" for rank in (0, 1)]
-    started = [start(*two, output=said[rank], before=partial(join, rank, port, small)) for rank in (0, 1)]
-    for process in started:
+    processes = started_together(tmp_path, *options, "--compile", "--out", str(tmp_path / "two"), then=one_layer)
+    for process in processes:
         process.join()
-    assert [process.exitcode for process in started] == [0, 0], [path.read_text() for path in said]
-    monkeypatch.setitem(ARCHS, "gpt6", small)
+    assert [process.exitcode for process in processes] == [0, 0], (tmp_path / "0").read_text()
+    monkeypatch.setitem(ARCHS, "gpt6", ARCHS["gpt6"])
+    one_layer()
     assert Test.main([*options, "--out", str(tmp_path / "one")]) == 0
     (compiled,), (plain,) = (results(tmp_path / name) for name in ("two", "one"))
     losses = ([entry["train_loss"] for entry in run["history"]] for run in (compiled, plain))
@@ -95,7 +84,7 @@ def test_a_process_of_torchrun_that_dies_ends_the_run(tmp_path):
 
 @pytest.mark.skipif(shutil.which("ps") is None, reason="needs ps to find the processes")
 @pytest.mark.parametrize("machines", [1, 2])
-def test_torchruns_restart_goes_on_from_the_checkpoint(machines, together, tmp_path):
+def test_torchrun_restarts_from_the_checkpoint_and_gives_the_numbers_of_one_process(machines, alone, tmp_path):
     command = torchrun(*TOGETHER, "--out", str(tmp_path), restarts=1)
     if machines == 2:  # what each of them would run
         at = f"--rdzv-endpoint=localhost:{free_port()}"
@@ -117,9 +106,14 @@ def test_torchruns_restart_goes_on_from_the_checkpoint(machines, together, tmp_p
     finally:
         for agent in agents:
             agent.kill()
-    assert "".join(printed).count("epoch 1/2") == 1
-    for mine, whole in zip(results(tmp_path), results(together[1]), strict=True):
-        assert mine["weights_sha256"] == whole["weights_sha256"]
+    for once in ("epoch 1/2", "epoch 2/2", "2 processes"):  # only the first process prints
+        assert "".join(printed).count(once) == 1
+    for mine, one in zip(results(tmp_path), alone, strict=True):
+        losses = ([entry["train_loss"] for entry in run["history"]] for run in (mine, one))
+        torch.testing.assert_close(*losses, rtol=1e-4, atol=0)
+        assert mine["parameters"] == one["parameters"]
+    assert json.loads((tmp_path / "results.json").read_text())["config"]["processes"] == 2
+    assert Test.main([*TOGETHER, "--out", str(tmp_path)]) == 2  # another number of processes
 
 
 def test_restarts_over_several_machines_need_a_store_that_is_not_kept_over_them(tmp_path, monkeypatch, capsys):
@@ -135,12 +129,14 @@ def test_restarts_over_several_machines_need_a_store_that_is_not_kept_over_them(
 
 
 def test_what_the_first_process_refuses_is_said_once(tmp_path):
-    options = ["--dataset", "imagefolder", "--data-dir", "/nowhere", "--out", str(tmp_path / "out")]
-    done = subprocess.run(torchrun(*options), capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode != 0
-    said = [line for line in done.stderr.splitlines() if "/nowhere/train" in line]
-    assert len(said) == 1
-    assert "Traceback" not in done.stderr.partition(said[-1])[0]
+    options = ("--dataset", "imagefolder", "--data-dir", "/nowhere", "--device", "cpu", "--out", str(tmp_path / "out"))
+    processes = started_together(tmp_path, *options)
+    for process in processes:
+        process.join()
+    assert all(process.exitcode for process in processes)
+    said = "".join((tmp_path / name).read_text() for name in "01")
+    assert len([line for line in said.splitlines() if "/nowhere/train" in line]) == 1
+    assert "Traceback" not in (tmp_path / "0").read_text()
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
