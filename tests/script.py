@@ -114,7 +114,7 @@ def results(out: Path) -> list[dict]:
 
 
 STUDY = (*SYNTHETIC, "--epochs", "3", "--models", "residual", "rw+lr+pa@4/2", "--seeds", "2", "--threads", "1")
-STUDY += ("--hold-out", "100")  # a smaller test set than the whole one
+STUDY += ("--limit", "100", "--batch-size", "50", "--hold-out", "50")
 
 
 POSIX = pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals and limits")
