@@ -157,7 +157,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--gpt", type=count, nargs=4, default=[768, 4, 256, 4], metavar=shape, help="--profile: (default: 768 4 256 4)")
     add("--out", type=path, metavar="DIR", help="where results go; resumes a study (default: runs/ and time)")
     add("--against", metavar="MODEL", help="what the others are compared with (default: residual)")
-    add("--draw", type=path, metavar="DIR", help="show the table and draw the pictures of an earlier --out, and end")
+    again = "show the tables and draw the pictures of earlier studies, from their files alone, and end"
+    add("--draw", type=path, nargs="+", metavar="DIR", help=again)
     options = parser.parse_args(argv)
     if options.draw:
         return options
@@ -221,7 +222,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
     try:
         if options.draw:
-            return draw_again(options.draw, options.against) if first_process() else 0
+            return max(draw_again(out, options.against) for out in options.draw) if first_process() else 0
         torch.set_num_threads(options.threads)
         if options.device.type == "cuda" and options.device.index is not None:
             torch.cuda.set_device(options.device)

@@ -88,6 +88,13 @@ def test_pictures_show_the_numbers_of_the_table():
     assert (heights.min(), heights.max()) == pytest.approx((0.5, 3.0))
 
 
+def test_several_studies_are_shown_in_turn(finished, tmp_path, capsys):
+    for name in ("first", "second"):
+        shutil.copytree(finished[1], tmp_path / name)
+    assert Test.main(["--draw", str(tmp_path / "first"), str(tmp_path / "second"), "--against", "rw"]) == 0
+    assert capsys.readouterr().out.count("| rw+lr+pa@4/2 ") == 2
+
+
 def test_drawing_without_a_study(tmp_path, capsys):
     assert Test.main(["--draw", str(tmp_path)]) == 2
     assert str(tmp_path / "results.json") in capsys.readouterr().err

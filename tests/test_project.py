@@ -11,7 +11,9 @@ from script import ROOT, run, together
 from torchvision.datasets import CIFAR10
 
 import Test
+from comparison.report import table
 from comparison.sources import load_cifar
+from comparison.study import Study
 
 
 def test_both_requirement_files_say_the_same():
@@ -55,6 +57,17 @@ def commands() -> list[str]:
     ]
     lines = [line.split("&&")[-1].strip().replace("uv run ", "python ", 1) for line in lines if "Test.py" in line]
     return list(dict.fromkeys(lines))
+
+
+@pytest.mark.parametrize("stored", sorted(ROOT.glob("results/*/results.json")), ids=lambda path: path.parent.name)
+def test_the_pages_have_the_rows_of_every_stored_study(stored):
+    study = Study.read(stored.parent)
+    rows = table(study.config, study.in_order())["rows"]
+    if len(rows) == 1:  # stands in a table of several studies
+        _, parameters, _, accuracy, *_, seconds = rows[0]
+        rows = [[f"`{stored.parent.name}`", parameters, accuracy, seconds]]
+    for row in rows:
+        assert f"| {' | '.join(row)} |" in PAGES["results/README.md"]
 
 
 @pytest.mark.parametrize("command", commands())
@@ -101,14 +114,16 @@ def test_code_of_the_pages_runs(page, block, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_the_script_beside_the_results_runs(tmp_path, monkeypatch, data):
-    path = tmp_path / "results" / "airbench94" / "airbench94.py"
+    path = tmp_path / "results" / "airbench94" / "race.py"
     path.parent.mkdir(parents=True)
-    shutil.copy(ROOT / "results" / "airbench94" / "airbench94.py", path)
+    shutil.copy(ROOT / "results" / "airbench94" / "race.py", path)
     monkeypatch.syspath_prepend(ROOT)
-    monkeypatch.setattr("comparison.sources.load_cifar", lambda *_: data.limit(600).hold_out(100))
-    runpy.run_path(str(path))["main"](1, tmp_path)
-    (entry,) = json.loads((path.parent / "1-epochs.json").read_text())["history"]
-    assert entry["test_loss"] > 0
+    contestants = ["small:1", "small:2", "airbench:1", "airbench:2"]
+    runpy.run_path(str(path))["main"](["--seeds", "1", *contestants], data.limit(1000).hold_out(100))
+    runs = json.loads((path.parent / "race.json").read_text())["runs"]
+    assert [f"{run['network']}:{run['epochs']}" for run in runs] == ["small:1", "airbench:1", "small:2", "airbench:2"]
+    assert all(run["test_loss"] > 0 and run["train_seconds"] > 0 for run in runs)
+    assert (path.parent / "race.png").exists()
 
 
 @pytest.mark.download
