@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
+# Here and not where it is needed, though it takes a second: after Ctrl-C amid an import it can't be imported any more.
+from scipy.stats import nct, t, ttest_rel
+
 
 class Measure(NamedTuple):
     """What models are compared by: a field of their runs and epochs, times a factor, and how it is written.
@@ -96,8 +99,6 @@ def paired_test(mine: Sequence[float], base: Sequence[float]) -> dict:
     found = dict.fromkeys(("p", "p_holm", "interval", "interval_90", "sd", "verdict"))
     sd = statistics.stdev(differences) if len(differences) > 1 else 0.0
     if sd > 1e-9:  # more than rounding
-        from scipy.stats import ttest_rel  # here, as it takes a second to import
-
         test = ttest_rel(mine, base)
         interval, interval_90 = (tuple(map(float, test.confidence_interval(level))) for level in (0.95, 0.90))
         found |= {"p": float(test.pvalue), "interval": interval, "interval_90": interval_90, "sd": sd}
@@ -122,7 +123,6 @@ def seeds_to_find(effect: float, tests: int = 1) -> int:
 
     At 5 % / `tests`, which Holm's correction asks of the first of several. At most 9999.
     """
-    from scipy.stats import nct, t
 
     def power(n: int) -> float:
         return nct.sf(t.ppf(1 - 0.025 / tests, n - 1), n - 1, effect * n**0.5)

@@ -25,6 +25,7 @@ PICTURES = ("accuracy.png", "curves.png", "differences.png", "parameters.png", "
 
 
 SYNTHETIC = ("--dataset", "synthetic", "--limit", "200", "--batch-size", "100", "--epochs", "1", "--seeds", "1")
+SYNTHETIC += ("--hold-out", "100")  # a smaller test set than the whole one
 SYNTHETIC += ("--precision", "float32")  # whatever is the machine's fastest
 
 

@@ -124,7 +124,8 @@ def test_the_same_command_gives_the_same_numbers(finished, tmp_path):
 
 
 def test_a_study_of_text_has_bits_per_byte_in_place_of_accuracy(tmp_path, capsys, pictures):
-    options = ["--dataset", "synthetic", "--arch", "gpt6", "--limit", "16", "--epochs", "1", "--seeds", "2"]
+    options = ["--dataset", "synthetic", "--arch", "gpt6", "--limit", "16", "--hold-out", "16", "--epochs", "1"]
+    options += ["--seeds", "2"]
     assert Test.main([*options, "--models", "residual", "pa:rank=none", "--out", str(tmp_path)]) == 0
     runs = json.loads((tmp_path / "results.json").read_text())["runs"]
     for one in runs:

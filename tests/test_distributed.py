@@ -42,7 +42,7 @@ SETTINGS = [(norm, *sizes) for norm in (True, False) for sizes in SIZES]
 def setting(norm: bool, images: int, batch: int) -> tuple:
     # A low learning rate: Muon's steps are otherwise so large that rounding differences grow in a few steps.
     recipe = Recipe(epochs=3, batch_size=batch, filter_lr=0.01, lr=0.001)
-    return small_network(norm), synthetic().limit(images), recipe, 0
+    return small_network(norm), synthetic().hold_out(99).limit(images), recipe, 0
 
 
 def train_with_others(folder: str) -> None:

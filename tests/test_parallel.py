@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from script import POSIX, STUDY, SYNTHETIC, numbers, plain_script, results, start, wait_for
+from script import POSIX, STUDY, SYNTHETIC, forkserver, numbers, plain_script, results, start, wait_for
 
 import Test
 from comparison.study import Study
@@ -148,6 +148,19 @@ def test_interrupting_keeps_what_has_finished(tmp_path):
     assert "[" in said.rpartition("| rw ")[2]  # an interval
     assert {"results.csv", "results.json"} <= {path.name for path in out.iterdir()}
     assert not any(Path(f"/proc/{pid}").exists() for pid in helpers)
+
+
+def look_for_scipy() -> None:
+    sys.exit("scipy.stats" not in sys.modules)
+
+
+@POSIX
+def test_what_the_table_needs_is_imported_before_any_work():
+    """After Ctrl-C amid its import the table of what has finished would be lost."""
+    process = forkserver().Process(target=look_for_scipy)  # which has imported the script and done nothing
+    process.start()
+    process.join()
+    assert process.exitcode == 0
 
 
 def test_models_that_are_added_wait_for_what_was_begun(tmp_path, monkeypatch):

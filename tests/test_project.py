@@ -84,7 +84,7 @@ def test_commands_that_download_nothing_run(command, tmp_path):
     """Without torchrun, which test_torchrun starts."""
     words = shlex.split(command)
     options = words[words.index("Test.py") + 1 :]
-    assert Test.main([*options, "--limit", "400", "--hold-out", "100", "--out", str(tmp_path / "out")]) == 0
+    assert Test.main([*options, "--limit", "100", "--hold-out", "100", "--out", str(tmp_path / "out")]) == 0
 
 
 def code() -> list:
@@ -119,7 +119,7 @@ def test_the_script_beside_the_results_runs(tmp_path, monkeypatch, data):
     shutil.copy(ROOT / "results" / "airbench94" / "race.py", path)
     monkeypatch.syspath_prepend(ROOT)
     contestants = ["small:1", "small:2", "airbench:1", "airbench:2"]
-    runpy.run_path(str(path))["main"](["--seeds", "1", *contestants], data.limit(1000).hold_out(100))
+    runpy.run_path(str(path))["main"](["--seeds", "1", *contestants], data.limit(600).hold_out(100))
     runs = json.loads((path.parent / "race.json").read_text())["runs"]
     assert [f"{run['network']}:{run['epochs']}" for run in runs] == ["small:1", "airbench:1", "small:2", "airbench:2"]
     assert all(run["test_loss"] > 0 and run["train_seconds"] > 0 for run in runs)

@@ -64,7 +64,7 @@ def other_work() -> Iterator[Event]:
 
 
 def step_ratios(on: Event, loaded: bool) -> dict[str, dict]:
-    data = synthetic().hold_out(100).limit(2500)
+    data = synthetic().hold_out(100).limit(1500)
     models = {
         name: SmallCNN(Model.parse(name.partition(" ")[0]), 0, data) for name in ("residual", "residual again", "rw")
     }

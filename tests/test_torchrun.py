@@ -65,24 +65,6 @@ def test_two_processes_compile_and_accumulate_without_changing_the_losses(tmp_pa
 
 
 @pytest.mark.skipif(shutil.which("ps") is None, reason="needs ps to find the processes")
-def test_a_process_of_torchrun_that_dies_ends_the_run(tmp_path):
-    """The first one; the tests of restarts kill others."""
-    command = torchrun(*TOGETHER, "--epochs", "1000", "--models", "residual", "--out", str(tmp_path))
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        for line in process.stdout:
-            if "epoch 2/1000" in line:
-                os.kill(workers(process.pid)[0], signal.SIGKILL)
-                break
-        _, errors = process.communicate(timeout=300)
-    finally:
-        process.kill()
-    assert process.returncode != 0
-    assert "SIGKILL" in errors
-    assert results(tmp_path) == []  # and can be read
-
-
-@pytest.mark.skipif(shutil.which("ps") is None, reason="needs ps to find the processes")
 @pytest.mark.parametrize("machines", [1, 2])
 def test_torchrun_restarts_from_the_checkpoint_and_gives_the_numbers_of_one_process(machines, alone, tmp_path):
     command = torchrun(*TOGETHER, "--out", str(tmp_path), restarts=1)

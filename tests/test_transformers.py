@@ -92,8 +92,7 @@ def test_a_vit_sees_images_of_every_size_of_the_recipe(data):
 @pytest.mark.slow
 def test_low_rank_pairs_do_not_keep_a_gpt_whose_branches_start_at_zero_from_learning():
     """Twelve layers. With A filled by Xavier's rule LR ends 0.20 above the plain residual, and PA 0.23."""
-    names = ("residual", "lr", "pa", "rw+lr+pa")
-    ends = {name: train(GPT(Model.parse(name), 0, dim=64), steps=80, batch=4) for name in names}
+    ends = {name: train(GPT(Model.parse(name), 0, dim=64), steps=80, batch=4) for name in ("residual", "lr", "pa")}
     assert max(ends.values()) < ends["residual"] + 0.1, ends
 
 
