@@ -2,8 +2,9 @@
 
     python results/airbench94/race.py [--seeds N] [--data-dir DIR] [NETWORK:EPOCHS …]
 
-All of a seed train side by side, on the same batches, in turns of order, so that ratios of their seconds can be
-trusted. Leaves race.json and race.png beside this file, and prints when each recipe reaches an accuracy.
+All of a seed train side by side, on the same batches, in turns of order. Those with fewer epochs end earlier, so ratios
+of their seconds can be trusted where nothing else uses the machine. Leaves race.json and race.png beside this file, and
+prints when each recipe reaches an accuracy.
 """
 
 import argparse
