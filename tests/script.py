@@ -40,9 +40,9 @@ def in_child(options: tuple[str, ...], output: str, before: Callable[[], None] |
         os.dup2(file, stream)
     lines = {"mode": "w", "buffering": 1, "encoding": "utf-8", "closefd": False}
     sys.stdout, sys.stderr = (open(stream, **lines) for stream in (1, 2))  # noqa: SIM115
-    if before:
-        before()
     with plain_script():
+        if before:
+            before()
         sys.exit(importlib.import_module("Test").main(list(options)))
 
 

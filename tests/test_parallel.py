@@ -11,6 +11,7 @@ import pytest
 from script import POSIX, STUDY, SYNTHETIC, forkserver, numbers, plain_script, results, start, wait_for
 
 import Test
+from comparison.pictures import draw
 from comparison.study import Study
 
 pytestmark = pytest.mark.slow  # they start many processes
@@ -122,7 +123,8 @@ def test_killed_processes_take_nothing_with_them(victim, long, tmp_path):
 
 
 def lead_a_group() -> None:
-    """Makes this process the first of a group of its own, which heeds Ctrl-C as one that a shell starts."""
+    """Makes this process the first of a group of its own, which heeds Ctrl-C as one that a shell starts, and draws."""
+    Test.draw = draw
     os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -146,7 +148,7 @@ def test_interrupting_keeps_what_has_finished(tmp_path):
     assert "Traceback" not in said
     assert f"| {runs[0]['model']} " in said
     assert "[" in said.rpartition("| rw ")[2]  # an interval
-    assert {"results.csv", "results.json"} <= {path.name for path in out.iterdir()}
+    assert {"accuracy.png", "results.csv", "results.json"} <= {path.name for path in out.iterdir()}
     assert not any(Path(f"/proc/{pid}").exists() for pid in helpers)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from script import SYNTHETIC, free_port, join, plain_script, results, start, torchrun
+from script import SYNTHETIC, free_port, join, results, start, torchrun
 
 import Test
 from comparison.networks import ARCHS
@@ -28,19 +28,31 @@ def workers(torchrun: int) -> list[int]:
     return sorted(int(line.split()[0]) for line in listed.splitlines() if "Test.py" in line)
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory) -> list[dict]:
-    """What one process ends with."""
-    out = tmp_path_factory.mktemp("alone")
-    with plain_script():
-        assert Test.main([*TOGETHER, "--out", str(out)]) == 0
-    return results(out)
-
-
 def started_together(said: Path, *options: str, then: Callable | None = None) -> list[multiprocessing.Process]:
     """Two processes, that write to files in a folder."""
     port = free_port()
     return [start(*options, output=said / str(rank), before=partial(join, rank, port, then)) for rank in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("together")
+    for process in started_together(out, *TOGETHER, "--out", str(out)):
+        process.join()
+    return out
+
+
+def test_two_processes_give_the_numbers_of_one_once(together, tmp_path):
+    said = [(together / rank).read_text() for rank in "01"]
+    assert [text.count("epoch 2/2") for text in said] == [1, 0]  # only the first process prints
+    assert said[0].count("2 processes") == 1
+    assert Test.main([*TOGETHER, "--out", str(tmp_path)]) == 0
+    for mine, one in zip(results(together), results(tmp_path), strict=True):
+        losses = ([entry["train_loss"] for entry in run["history"]] for run in (mine, one))
+        torch.testing.assert_close(*losses, rtol=1e-4, atol=0)
+        assert mine["parameters"] == one["parameters"]
+    assert json.loads((together / "results.json").read_text())["config"]["processes"] == 2
+    assert Test.main([*TOGETHER, "--out", str(together)]) == 2  # another number of processes
 
 
 def one_layer() -> None:
@@ -66,7 +78,7 @@ def test_two_processes_compile_and_accumulate_without_changing_the_losses(tmp_pa
 
 @pytest.mark.skipif(shutil.which("ps") is None, reason="needs ps to find the processes")
 @pytest.mark.parametrize("machines", [1, 2])
-def test_torchrun_restarts_from_the_checkpoint_and_gives_the_numbers_of_one_process(machines, alone, tmp_path):
+def test_torchruns_restart_goes_on_from_the_checkpoint(machines, together, tmp_path):
     command = torchrun(*TOGETHER, "--out", str(tmp_path), restarts=1)
     if machines == 2:  # what each of them would run
         at = f"--rdzv-endpoint=localhost:{free_port()}"
@@ -88,14 +100,9 @@ def test_torchrun_restarts_from_the_checkpoint_and_gives_the_numbers_of_one_proc
     finally:
         for agent in agents:
             agent.kill()
-    for once in ("epoch 1/2", "epoch 2/2", "2 processes"):  # only the first process prints
-        assert "".join(printed).count(once) == 1
-    for mine, one in zip(results(tmp_path), alone, strict=True):
-        losses = ([entry["train_loss"] for entry in run["history"]] for run in (mine, one))
-        torch.testing.assert_close(*losses, rtol=1e-4, atol=0)
-        assert mine["parameters"] == one["parameters"]
-    assert json.loads((tmp_path / "results.json").read_text())["config"]["processes"] == 2
-    assert Test.main([*TOGETHER, "--out", str(tmp_path)]) == 2  # another number of processes
+    assert "".join(printed).count("epoch 1/2") == 1
+    for mine, whole in zip(results(tmp_path), results(together), strict=True):
+        assert mine["weights_sha256"] == whole["weights_sha256"]
 
 
 def test_restarts_over_several_machines_need_a_store_that_is_not_kept_over_them(tmp_path, monkeypatch, capsys):
