@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.flop_counter import FlopCounterMode
 
 from comparison.data import synthetic
@@ -159,11 +160,11 @@ def interleave(functions: Mapping[str, Callable[[], object]], seconds: float, de
 
 def saved_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
     """Bytes that `forward` keeps for the backward pass, by distinct storage, the model's own parameters left out."""
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    saved: dict[int, Tensor] = {}  # the tensors themselves too, so that no storage takes the place of a freed one
+    own = {StorageWeakRef(p.untyped_storage()) for p in model.parameters()}
+    saved: dict[StorageWeakRef, Tensor] = {}  # the tensors too, so that no storage takes the place of a freed one
 
     def pack(tensor: Tensor) -> Tensor:
-        saved[tensor.untyped_storage().data_ptr()] = tensor
+        saved[StorageWeakRef(tensor.untyped_storage())] = tensor
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):

@@ -2,12 +2,12 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # small tensors: threads that wait for each other take most of the time
 
-import subprocess
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from script import STUDY, SYNTHETIC, made_up, numbers, plain_script, run
+from script import STUDY, SYNTHETIC, made_up, numbers, plain_script, start
 
 import Test
 from comparison.data import Dataset
@@ -37,12 +37,22 @@ def data() -> Dataset:
     return made_up()
 
 
+def in_a_notebook(backend: str) -> None:
+    """Of another project, whose plots must not matter; and with pictures."""
+    os.environ["MPLBACKEND"] = backend
+    Test.draw = draw
+
+
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory) -> tuple[subprocess.CompletedProcess, Path]:
-    out = tmp_path_factory.mktemp("runs") / "finished"
+def finished(tmp_path_factory) -> tuple[str, Path]:
+    """What a whole run said, and its folder."""
+    folder = tmp_path_factory.mktemp("runs")
+    out, said = folder / "finished", folder / "said"
     options = (*SYNTHETIC, "--models", "residual", "rw", "rw+lr+pa@4/2", "--seeds", "2", "--out", str(out))
-    notebook = {"MPLBACKEND": "module://a_notebook_of_another_project"}  # which must not matter
-    return run(*options, env={**os.environ, **notebook}), out
+    process = start(*options, output=said, before=partial(in_a_notebook, "module://a_notebook_of_another_project"))
+    process.join()
+    assert process.exitcode == 0, said.read_text()
+    return said.read_text(), out
 
 
 @pytest.fixture(scope="session")

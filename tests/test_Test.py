@@ -47,8 +47,7 @@ def test_all_models_take_the_same_batches(data, monkeypatch):
 
 
 def test_a_whole_run_leaves_its_files(finished):
-    done, out = finished
-    assert done.returncode == 0, done.stderr
+    _, out = finished
     results = json.loads((out / "results.json").read_text())
     config, runs = results["config"], results["runs"]
     assert {
@@ -91,11 +90,11 @@ def test_a_whole_run_leaves_its_files(finished):
 
 
 def test_the_table_is_that_of_the_results(finished):
-    done, out = finished
+    said, out = finished
     runs = json.loads((out / "results.json").read_text())["runs"]
     table = {
         cells[0]: cells[1:]
-        for line in done.stdout.splitlines()
+        for line in said.splitlines()
         if line.startswith("| r") and len(cells := [cell.strip() for cell in line.split("|")[1:-1]]) == 13
     }
     assert list(table)[-3:] == ["residual", "rw", "rw+lr+pa@4/2"]
@@ -107,10 +106,10 @@ def test_the_table_is_that_of_the_results(finished):
         assert table["rw"][i + 1].startswith(f"{(a - c + b - d) / 2:+.{digits}f} [")
         assert table["residual"][i + 1] == "–"
     assert table["rw"][10].startswith(f"{(runs[1]['step_ratio'] + runs[4]['step_ratio']) / 2:.3f} (")
-    assert "SYNTHETIC" in done.stdout
-    assert re.search(r"^\| rw \(1 of 2 seeds\) ", done.stdout, flags=re.MULTILINE)  # after the first seed already
+    assert "SYNTHETIC" in said
+    assert re.search(r"^\| rw \(1 of 2 seeds\) ", said, flags=re.MULTILINE)  # after the first seed already
     for name in ("results.json", "results.csv", *PICTURES):
-        assert str(out / name) in done.stdout.replace("\n", "")
+        assert str(out / name) in said.replace("\n", "")
 
 
 def test_the_same_command_gives_the_same_numbers(finished, tmp_path):
@@ -274,12 +273,12 @@ def test_a_rank_that_fits_into_no_memory_is_refused(tmp_path, capsys):
     assert "out of memory: lr@" in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def without_a_compiler(cache: Path) -> None:
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache)
     import_module("torch._inductor.config").cpp.cxx = ("no-such-compiler",)
 
 
+@pytest.mark.slow
 @POSIX
 def test_without_a_compiler_compile_is_refused(tmp_path):
     options = [*SYNTHETIC, "--limit", "20", "--batch-size", "10", "--models", "rw", "--compile", "--device", "cpu"]

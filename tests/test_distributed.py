@@ -6,12 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from script import ROOT, together
+from script import ROOT, made_up, together
 from torch import nn
 
 import TrainUtil
 from comparison.console import UserError
-from comparison.data import synthetic
 from comparison.distributed import SynchronizedBatchNorm, leave, process_group
 from TrainUtil import Recipe, train
 
@@ -42,7 +41,7 @@ SETTINGS = [(norm, *sizes) for norm in (True, False) for sizes in SIZES]
 def setting(norm: bool, images: int, batch: int) -> tuple:
     # A low learning rate: Muon's steps are otherwise so large that rounding differences grow in a few steps.
     recipe = Recipe(epochs=3, batch_size=batch, filter_lr=0.01, lr=0.001)
-    return small_network(norm), synthetic().hold_out(99).limit(images), recipe, 0
+    return small_network(norm), made_up().hold_out(99).limit(images), recipe, 0
 
 
 def train_with_others(folder: str) -> None:

@@ -21,13 +21,13 @@ def study(tmp_path) -> Study:
 
 
 def test_plain_lines_where_the_output_is_no_terminal(finished):
-    lines = [line for line in finished[0].stdout.splitlines() if line.startswith("[")]
+    lines = [line for line in finished[0].splitlines() if line.startswith("[")]
     assert len(lines) == 2
     one = r"\d+\.\d{3} \d+\.\d\d %"
     models = rf"residual {one}, rw {one}, rw\+lr\+pa@4/2 {one}"
     assert re.fullmatch(rf"\[1/2\] seed 0, epoch 1/1: {models}; \d+ images/s, \d+:\d\d min left", lines[0])
     assert "0:00 min left" in lines[-1]
-    assert "\x1b" not in finished[0].stdout
+    assert "\x1b" not in finished[0]
 
 
 def test_the_time_left_is_that_of_what_was_done_since(study, capsys, monkeypatch):

@@ -4,9 +4,8 @@ from multiprocessing.synchronize import Barrier, Event
 
 import pytest
 import torch
-from script import forkserver
+from script import forkserver, made_up
 
-from comparison.data import synthetic
 from comparison.device import Stopwatch, cores
 from comparison.models import Model
 from comparison.networks import SmallCNN
@@ -64,7 +63,7 @@ def other_work() -> Iterator[Event]:
 
 
 def step_ratios(on: Event, loaded: bool) -> dict[str, dict]:
-    data = synthetic().hold_out(100).limit(1500)
+    data = made_up().hold_out(100).limit(1500)
     models = {
         name: SmallCNN(Model.parse(name.partition(" ")[0]), 0, data) for name in ("residual", "residual again", "rw")
     }

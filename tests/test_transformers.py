@@ -5,6 +5,7 @@ from pydoc_data.topics import topics
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from comparison.models import Model
 from comparison.networks import ARCHS
@@ -91,28 +92,28 @@ def test_a_vit_sees_images_of_every_size_of_the_recipe(data):
 
 @pytest.mark.slow
 def test_low_rank_pairs_do_not_keep_a_gpt_whose_branches_start_at_zero_from_learning():
-    """Twelve layers. With A filled by Xavier's rule LR ends 0.20 above the plain residual, and PA 0.23."""
-    ends = {name: train(GPT(Model.parse(name), 0, dim=64), steps=80, batch=4) for name in ("residual", "lr", "pa")}
-    assert max(ends.values()) < ends["residual"] + 0.1, ends
+    """Twelve layers. With A filled by Xavier's rule LR ends 0.14 above the plain residual, and PA 0.18."""
+    ends = {name: train(GPT(Model.parse(name), 0, dim=64), steps=50, batch=4) for name in ("residual", "lr", "pa")}
+    assert max(ends.values()) < ends["residual"] + 0.08, ends
 
 
-@pytest.mark.slow
 def test_what_the_gpt_keeps_for_the_backward_pass():
     """Ratios to the plain residual connection. They are exact, so that the bounds leave room for rounding alone."""
-    tokens = torch.zeros(4, 256, dtype=torch.long)
 
     def saved(name: str) -> int:
-        model = GPT(Model.parse(name), 0, dim=768, layers=4)
-        return saved_bytes(model, lambda: F.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten()))
+        with FakeTensorMode():
+            tokens = torch.zeros(4, 256, dtype=torch.long)
+            model = GPT(Model.parse(name), 0, dim=768, layers=4)
+            return saved_bytes(model, lambda: F.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten()))
 
     plain = saved("residual")
     for name, most in {
-        "rw": 1.1017,
-        "lr": 1.0042,
-        "pa": 1.0154,
+        "rw": 1.0846,
+        "lr": 1.0036,
+        "pa": 1.0128,
         "pa:rank=none": 1.0000,
-        "rw+lr": 1.1092,
-        "rw+pa": 1.1171,
-        "rw+lr+pa": 1.1212,
+        "rw+lr": 1.0908,
+        "rw+pa": 1.0974,
+        "rw+lr+pa": 1.1008,
     }.items():
         assert saved(name) / plain < most + 0.0001, name
