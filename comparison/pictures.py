@@ -3,12 +3,13 @@
 import math
 import os
 import statistics
+import textwrap
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from comparison.files import atomic_write
-from comparison.report import measured, paired_test, summarize, title
+from comparison.report import label, measured, paired_test, summarize, title
 
 if TYPE_CHECKING:  # matplotlib takes a second to import
     from matplotlib.axes import Axes
@@ -17,33 +18,50 @@ if TYPE_CHECKING:  # matplotlib takes a second to import
 
 def draw(out: Path, config: dict, runs: list[dict]) -> list[Path]:
     """Writes the pictures, and returns their paths."""
-    paths = []
-    for name, figure in figures(config, runs).items():
-        figure.suptitle(title(config), fontsize="small", parse_math=False)  # a $ is a $
-        with atomic_write(out / name) as path:
-            figure.savefig(path, dpi=120)
-        paths.append(out / name)
-    return paths
+    drawn = figures(config, runs)
+    for name, figure in drawn.items():
+        if figure:
+            with atomic_write(out / name) as path:
+                figure.savefig(path, dpi=120)
+        else:
+            (out / name).unlink(missing_ok=True)  # of fewer runs, or compared with another model
+    return [out / name for name, figure in drawn.items() if figure]
 
 
-def figures(config: dict, runs: list[dict]) -> dict[str, "Figure"]:
-    """accuracy.png (of text loss.png) and the others: those that there is something for."""
-    summary = [entry for entry in summarize(runs, config["against"]) if entry["finished"]]
+def figures(config: dict, runs: list[dict]) -> dict[str, "Figure | None"]:
+    """accuracy.png (of text loss.png) and the others: None where there is nothing to draw."""
+    summary = summarize(runs, config["against"])
+    text = title(config)
+    if lost := [entry["model"] for entry in summary if not entry["finished"]]:
+        text += f"; diverged in all seeds: {', '.join(lost)}"
+    summary = [entry for entry in summary if entry["finished"]]
     runs = [run for run in runs if not run.get("diverged")]
     by_model = {entry["model"]: [run for run in runs if run["model"] == entry["model"]] for entry in summary}
     style = {
-        name: {"color": f"C{i % 10}", "marker": "osD^vPX*"[i % 8], "linestyle": ("-", "--", "-.", ":")[i % 4]}
-        for i, name in enumerate(by_model)
+        entry["model"]: {
+            "label": label(entry, config),
+            "color": f"C{i % 10}",
+            "marker": "osD^vPX*"[i % 8],
+            "linestyle": ("-", "--", "-.", ":")[i % 4],
+        }
+        for i, entry in enumerate(summary)
     }
     drawn = {
         **draw_course(by_model, style),
         "curves.png": draw_curves(by_model, config["against"], style),
-        "differences.png": draw_differences(summary, config["against"]),
+        "differences.png": draw_differences(summary, config["against"], style),
         "parameters.png": draw_parameters(summary, config["against"], style),
         "learned.png": draw_learned(by_model, style),
         "learned_by_epoch.png": draw_learning(by_model, style),
     }
-    return {name: figure for name, figure in drawn.items() if figure}
+    for figure in filter(None, drawn.values()):
+        figure.suptitle(wrapped(text, figure), fontsize="small", parse_math=False)  # a $ is a $
+    return drawn
+
+
+def wrapped(text: str, figure: "Figure") -> str:
+    """Over as many lines as it takes in small letters, of which about 15 go into an inch."""
+    return textwrap.fill(text, int(15 * figure.get_figwidth()))
 
 
 def subplots(*shape: int, figsize: tuple[float, float], **options) -> tuple:
@@ -59,18 +77,18 @@ def draw_course(by_model: dict[str, list[dict]], style: dict) -> dict[str, "Figu
     if not by_model:
         return {}
     run = next(iter(by_model.values()))[0]
-    name, field, factor, label = "accuracy.png", "test_accuracy", 100, "test accuracy (%)"
+    name, field, factor, quantity = "accuracy.png", "test_accuracy", 100, "test accuracy (%)"
     if run["test_accuracy"] is None:
-        name, field, factor, label = "loss.png", "test_loss", 1, "test loss (nats per byte)"
+        name, field, factor, quantity = "loss.png", "test_loss", 1, "test loss (nats per byte)"
     figure, axes = subplots(figsize=(8, 5))
     for model, mine in by_model.items():
         seconds = over_seeds([list(accumulate(e["seconds"] for e in run["history"])) for run in mine])[0]
         mean, sd = over_seeds([[factor * e[field] for e in run["history"]] for run in mine])
-        axes.plot(seconds, mean, label=model, **style[model])
+        axes.plot(seconds, mean, **style[model])
         axes.fill_between(seconds, mean - sd, mean + sd, alpha=0.15, color=style[model]["color"])
-    axes.set(xlabel="training time (s)", ylabel=label)
+    axes.set(xlabel="training time (s)", ylabel=quantity)
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(title="mean ± standard deviation" if max(map(len, by_model.values())) > 1 else None)
     return {name: figure}
 
 
@@ -97,7 +115,7 @@ def draw_curves(by_model: dict[str, list[dict]], against: str, style: dict) -> "
             means = [statistics.mean(test["differences"]) for test in tests]
             low, high = zip(*(test["interval"] or (mean, mean) for test, mean in zip(tests, means)))
             epochs = range(1, len(means) + 1)
-            panel.plot(epochs, means, label=name, **style[name])
+            panel.plot(epochs, means, **style[name])
             panel.fill_between(epochs, low, high, alpha=0.15, color=style[name]["color"])
         panel.axhline(0, color="black", linewidth=0.8)
         panel.set(title=text, xlabel="epoch", ylabel=f"difference to {against} (nats)")
@@ -108,10 +126,10 @@ def draw_curves(by_model: dict[str, list[dict]], against: str, style: dict) -> "
     return figure
 
 
-def draw_differences(summary: list[dict], against: str) -> "Figure | None":
-    """Differences to the model that the others are compared with: those of the seeds, their mean, its 95 % interval.
+def draw_differences(summary: list[dict], against: str, style: dict) -> "Figure | None":
+    """Differences to the model that the others are compared with: those of the seeds, their mean, its intervals.
 
-    The band is the margin of equality.
+    The band is the margin of equality, which asks for the 90 % interval.
     """
     measures = [each for each in measured(summary) if any(entry[each.field]["interval"] for entry in summary)]
     if not measures:
@@ -126,37 +144,39 @@ def draw_differences(summary: list[dict], against: str) -> "Figure | None":
             fill = "black" if result["p_holm"] < 0.05 else "white"
             errors = [[mean - low], [high - mean]]
             panel.errorbar(mean, y, xerr=errors, fmt="o", color="black", markerfacecolor=fill, capsize=4)
-        panel.axvspan(-measure.margin, measure.margin, color="0.92")
+            panel.plot(result["interval_90"], (y, y), color="black", linewidth=3, zorder=1)
+        panel.axvspan(-measure.margin, measure.margin, color="0.92", zorder=0)
         panel.axvline(0, color="black", linewidth=0.8)
-        panel.set_yticks(range(len(tested)), [entry["model"] for entry in tested])
+        panel.set_yticks(range(len(tested)), [style[entry["model"]]["label"] for entry in tested])
         panel.set(ylim=(-0.6, len(tested) - 0.4), xlabel=f"{measure.name}, difference to {against}")
+        panel.locator_params(axis="x", nbins=6)
         panel.grid(axis="x", alpha=0.3)
-    how = "seeds, mean and its 95 % interval; filled: p < 0.05 after Holm's correction; band: margin of equality"
-    figure.supxlabel(how, fontsize="small")
+    how = "seeds, mean and its 95 % interval; filled: p < 0.05 after Holm's correction; equal: the 90 % one (thick)"
+    figure.supxlabel(wrapped(f"{how} lies within the band", figure), fontsize="small")
     return figure
 
 
 def draw_parameters(summary: list[dict], against: str, style: dict) -> "Figure | None":
-    """The measures over the parameters that a model adds, with the one that it is compared with as a band."""
-    base = next((entry for entry in summary if entry["model"] == against), None)
+    """Mean differences and 95 % intervals over the parameters that a model adds. The band is the margin of equality."""
     added = [entry for entry in summary if entry["added"] and entry["added"] > 0]
-    if not base or not added:
+    measures = [measure for measure in measured(summary) if any(entry[measure.field]["differences"] for entry in added)]
+    if not measures:
         return None
-    measures = measured(summary)
     figure, panels = subplots(1, len(measures), figsize=(6 * len(measures), 4.5), squeeze=False)
     for panel, measure in zip(panels[0], measures):
-        mean, sd = over_seeds(base[measure.field]["values"])
-        panel.axhline(mean, color="0.4", linestyle="--", label=against)
-        panel.axhspan(mean - sd, mean + sd, color="0.85")
         for entry in added:
-            if entry[measure.field]["values"]:
-                mean, sd = over_seeds(entry[measure.field]["values"])
+            result = entry[measure.field]
+            if result["differences"]:
+                mean = statistics.mean(result["differences"])
+                low, high = result["interval"] or (mean, mean)
                 look = style[entry["model"]] | {"linestyle": "none"}
-                panel.errorbar(entry["added"], mean, yerr=sd, capsize=4, label=entry["model"], **look)
-        panel.set(xscale="log", xlabel=f"parameters added to those of {against}", ylabel=measure.name)
+                panel.errorbar(entry["added"], mean, yerr=[[mean - low], [high - mean]], capsize=4, **look)
+        panel.axhspan(-measure.margin, measure.margin, color="0.92", zorder=0)
+        panel.axhline(0, color="black", linewidth=0.8)
+        panel.set(xscale="log", xlabel=f"parameters added to those of {against}")
+        panel.set_ylabel(f"{measure.name}, difference to {against}")
         panel.grid(alpha=0.3)
-    how = "mean ± standard deviation" if max(entry["finished"] for entry in summary) > 1 else None
-    panels[0][-1].legend(title=how, loc="center left", bbox_to_anchor=(1, 0.5))  # beside the panels, over no error bar
+    panels[0][-1].legend(loc="center left", bbox_to_anchor=(1, 0.5))  # beside the panels, over no error bar
     return figure
 
 
@@ -180,7 +200,7 @@ def draw_learned(by_model: dict[str, list[dict]], style: dict) -> "Figure | None
         for name, runs in by_model.items():
             if any(key in run["learned"] for run in runs):
                 mean, sd = by_layer(runs, key)
-                panel.errorbar(layers, mean, yerr=sd, capsize=3, label=name, **style[name])
+                panel.errorbar(layers, mean, yerr=sd, capsize=3, **style[name])
         panel.set(xlabel="layer (stage.layer)", ylabel=symbol)
         panel.tick_params(axis="x", rotation=rotation)
         panel.grid(alpha=0.3)
@@ -195,12 +215,13 @@ def draw_learned(by_model: dict[str, list[dict]], style: dict) -> "Figure | None
         if key.startswith("gamma")
     }
     if rows:
-        image = heat.imshow(list(rows.values()), cmap="Greys", aspect="auto")
-        middle = sum(image.get_clim()) / 2
+        most = max(abs(value) for row in rows.values() for value in row if not math.isnan(value))
+        image = heat.imshow(list(rows.values()), cmap="RdBu", vmin=-most, vmax=most, aspect="auto")
+        heat.set_facecolor("0.8")  # where there is no activation to look at
         for y, row in enumerate(rows.values()):
             for x, value in enumerate(row):
-                if not math.isnan(value):
-                    color = "white" if value > middle else "black"
+                if not math.isnan(value) and len(layers) <= 15:
+                    color = "white" if abs(value) > most / 2 else "black"
                     heat.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=6, color=color)
         heat.set_yticks(range(len(rows)), list(rows), fontsize="small")
         heat.set_xticks(range(len(layers)), layers, rotation=rotation)
@@ -212,28 +233,28 @@ def draw_learned(by_model: dict[str, list[dict]], style: dict) -> "Figure | None
 
 
 def draw_learning(by_model: dict[str, list[dict]], style: dict) -> "Figure | None":
-    """α, β and γ_0 over the epochs: their mean over layers and seeds, and from the least layer to the greatest."""
-    courses = {"alpha": {}, "beta": {}, "gamma[0]": {}}
-    for name, runs in by_model.items():
-        for key, course in courses.items():
+    """α, β and γ_0 of every layer over the epochs, mean over the seeds, of the first model that learns them."""
+    courses = {}
+    for key in ("alpha", "beta", "gamma[0]"):
+        for name, runs in by_model.items():
             values = [[[*epoch.get("learned", {}).get(key, {}).values()] for epoch in run["history"]] for run in runs]
             values = [each for each in values if all(each)]  # (seeds, epochs, layers); older runs have none
-            if values:
-                course[name] = [[statistics.mean(layer) for layer in zip(*epoch)] for epoch in zip(*values)]
-    courses = {key: course for key, course in courses.items() if course}
+            if values and key not in courses:
+                courses[key] = style[name]["label"], over_seeds(values)[0]
     if not courses:
         return None
     figure, panels = subplots(1, len(courses), figsize=(6 * len(courses), 4.5), squeeze=False)
-    for panel, (key, course) in zip(panels[0], courses.items()):
-        for name, layers in course.items():
-            epochs = range(1, len(layers) + 1)
-            panel.plot(epochs, [statistics.mean(each) for each in layers], label=name, **style[name])
-            low, high = zip(*((min(each), max(each)) for each in layers))
-            panel.fill_between(epochs, low, high, alpha=0.1, color=style[name]["color"])
+    from matplotlib import colormaps
+
+    for panel, (key, (name, course)) in zip(panels[0], courses.items()):
+        layers = course.shape[1]
+        for i, values in enumerate(course.T):
+            color = colormaps["viridis"](i / max(1, layers - 1))
+            panel.plot(range(1, len(values) + 1), values, "o-", markersize=3, color=color)
         panel.set(xlabel="epoch", ylabel={"alpha": "α", "beta": "β", "gamma[0]": "γ0"}[key])
+        panel.set_title(f"{name}, from the first layer (dark) to the last", fontsize="medium")
         panel.xaxis.get_major_locator().set_params(integer=True)
         panel.grid(alpha=0.3)
-        panel.legend(title="mean and range over the layers", fontsize="small")
     return figure
 
 

@@ -22,7 +22,7 @@ from comparison.files import atomic_write, remove_partial, write_json
 ROOT = Path(__file__).resolve().parents[1]
 # What may change from command to command: which runs a study has, and what no number depends on.
 FREE = ("models", "seeds", "against", "parallel", "workers", "data_dir", "out", "draw", "seconds", "network", "gpt")
-FREE += ("python", "torchvision", "git_commit")
+FREE += ("device", "python", "torchvision", "git_commit")
 FACTS = ("data", "training_images", "test_images", "training_bytes", "test_bytes")  # all else is an option
 FACTS += ("processes", "device_name", "torch")
 # What the table and the pictures need of results.json

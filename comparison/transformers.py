@@ -100,8 +100,8 @@ class GPT(nn.Module):
 
     Embedding → layers with two residual connections each, around attention and around LayerNorm, linear D → 4D, GELU,
     linear 4D → D → LayerNorm → linear, without biases. Every f starts at zero, as its last projection does (nanochat,
-    modded-nanogpt), but for ReZero's. The logits hardly add to the costs that the residual connections are compared with. `deeper` has
-    one more layer, at the end.
+    modded-nanogpt), but for ReZero's. The logits hardly add to the costs that the residual connections are compared
+    with. `deeper` has one more layer, at the end.
     """
 
     vocabulary = 256

@@ -71,6 +71,7 @@ def test_pictures_show_the_numbers_of_the_table():
         (bar,) = panel.collections
         (segment,) = bar.get_segments()
         assert segment[:, 0] == pytest.approx(entry[measure.field]["interval"])
+        assert entry[measure.field]["interval_90"] in [tuple(line.get_xdata()) for line in panel.lines]
         assert [text.get_text() for text in panel.get_yticklabels()] == ["rw"]
         assert measure.name in panel.get_xlabel()
         (band,) = panel.patches
@@ -83,9 +84,26 @@ def test_pictures_show_the_numbers_of_the_table():
     assert beta.lines[0].get_ydata() == pytest.approx([0.9])
     assert heat.images[0].get_array().tolist() == [[5.0]]
     (course,) = learning
-    assert course.lines[0].get_ydata() == pytest.approx([1.75, 2.25])
-    heights = course.collections[0].get_paths()[0].vertices[:, 1]
-    assert (heights.min(), heights.max()) == pytest.approx((0.5, 3.0))
+    assert [line.get_ydata().tolist() for line in course.lines] == [[0.5, 1.5], [3.0, 3.0]]  # layer by layer
+
+
+def test_pictures_say_which_seeds_are_in_them():
+    history = [{"seconds": 1.0, "test_accuracy": 0.8, "train_loss": 1.0, "test_loss": 1.0}]
+    accuracies = {"residual": [0.87, 0.88, 0.89], "rw": [0.86, 0.882, 0.895], "pa": [0.8, 0.8, 0.8]}
+    runs = [{**run, "history": history, "learned": {}} for run in runs_of(accuracies)]
+    for run in (runs[3], *runs[6:]):
+        run["diverged"] = 1
+    config = {**CONFIG, "seeds": [0, 1, 2], "data": "a data set with a long name", "device_name": 60 * "a"}
+    drawn = figures(config, runs)
+    label = "rw (2 of 3 seeds, 1 diverged)"
+    assert label in [line.get_label() for line in drawn["accuracy.png"].axes[0].lines]
+    assert label in [text.get_text() for text in drawn["differences.png"].axes[0].get_yticklabels()]
+    for figure in filter(None, drawn.values()):
+        assert figure.get_suptitle().replace("\n", " ").endswith("3 seeds; diverged in all seeds: pa")
+        figure.draw_without_rendering()
+        title = figure._suptitle.get_window_extent()
+        assert figure.bbox.x0 <= title.x0
+        assert title.x1 <= figure.bbox.x1
 
 
 def test_several_studies_are_shown_in_turn(finished, tmp_path, capsys):
@@ -107,8 +125,11 @@ def test_a_study_can_be_drawn_against_another_model(finished, tmp_path, capsys):
     shutil.copy(finished[1] / "results.json", tmp_path)
     before = (tmp_path / "results.json").read_bytes()
     assert Test.main(["--draw", str(tmp_path), "--against", "rw"]) == 0
+    assert (tmp_path / "parameters.png").exists()
     assert "difference to rw" in capsys.readouterr().out
     assert (tmp_path / "results.json").read_bytes() == before
+    assert Test.main(["--draw", str(tmp_path), "--against", "rw+lr+pa@4/2"]) == 0
+    assert not (tmp_path / "parameters.png").exists()  # no model has more
     assert Test.main(["--draw", str(tmp_path), "--against", "lr"]) == 2
     error = capsys.readouterr().err
     assert "--against lr" in error
