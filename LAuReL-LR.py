@@ -115,7 +115,7 @@ class LAuReL_LR(nn.Module):
         y = x + fx if beta is None else (fx * alpha + x * beta).to(dtype)  # alpha * fx would round α to bfloat16
         if self.norm is not None:
             with torch.autocast(device, enabled=False) if half else nullcontext():
-                h = F.linear(F.linear(t, self.A.to(t.dtype)), self.B.to(t.dtype)).to(dtype)
+                h = F.linear(F.linear(t, self.A.to(t.dtype)), self.B.to(t.dtype)).to(t.dtype if half else dtype)
             return (y + self.norm(h.movedim(-1, self.channel_dim)) * (1 if beta is None else beta)).to(dtype)
         u = F.linear(t, self.A.to(t.dtype))  # A x, (…, r)
         y, B = y.movedim(self.channel_dim, -1), (self.B if beta is None else beta * self.B).to(u.dtype)

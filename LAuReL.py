@@ -35,9 +35,8 @@ class LAuReL(nn.Module):
     - ``"single"``: one parameter, α = scale · σ(w), β = scale − α
     - ``"none"``: w itself
 
-    The paper leaves open where they start: here at scale / 2, or 1 for ``"none"``, by default as the plain residual, to
-    the last bit; ``scale=1``, the bare softmax, halves the stream in every layer. Give ``w`` a parameter group without
-    weight decay and with a learning rate of 0.003 to 0.01: Adam at 0.001 hardly moves it, SGD at 0.1 moves it far.
+    They start at scale / 2, or 1 for ``"none"``, by default as x + f(x); ``scale=1`` halves the stream in every layer.
+    Give ``w`` a group without weight decay, at a learning rate of 0.003 to 0.01; Adam at 0.001 hardly moves it.
 
     Args:
         dim: D, the size of the channel dimension: α and β of length D (§2.4), in x's dtype. ``None``: scalars.
@@ -51,7 +50,7 @@ class LAuReL(nn.Module):
         - w: (2,) or (2D,), α's values first; for ``"single"`` (1,) or (D,).
 
     Raises:
-        ValueError: an option out of its range, or shapes that do not fit.
+        ValueError, TypeError: an option out of its range, shapes that do not fit; integer or boolean activations.
 
     Example:
         >>> residual, x, fx = LAuReL(dim=64, channel_dim=1), torch.randn(8, 64, 9, 9), torch.randn(8, 64, 9, 9)
@@ -86,9 +85,10 @@ class LAuReL(nn.Module):
 
     def forward(self, x: Tensor, fx: Tensor) -> Tensor:
         if x.shape != fx.shape:
-            raise ValueError(f"x and fx must have the same shape, got {tuple(x.shape)} and {tuple(fx.shape)}")
-        alpha, beta = self.weights()
-        dtype = torch.promote_types(x.dtype, fx.dtype)
+            raise ValueError(f"x and fx must have one shape, got {tuple(x.shape)} and {tuple(fx.shape)}")
+        if not (x.is_floating_point() or x.is_complex()):
+            raise TypeError(f"x must be floating-point or complex numbers, got {x.dtype}")
+        (alpha, beta), dtype = self.weights(), torch.promote_types(x.dtype, fx.dtype)
         if self.dim is not None:
             if not -x.ndim <= self.channel_dim < x.ndim or x.shape[self.channel_dim] != self.dim:
                 raise ValueError(f"x must have dim={self.dim} at channel_dim={self.channel_dim}, got {tuple(x.shape)}")

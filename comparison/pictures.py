@@ -174,6 +174,7 @@ def draw_parameters(summary: list[dict], against: str, style: dict) -> "Figure |
         panel.axhspan(-measure.margin, measure.margin, color="0.92", zorder=0)
         panel.axhline(0, color="black", linewidth=0.8)
         panel.set(xscale="log", xlabel=f"parameters added to those of {against}")
+        panel.tick_params(axis="x", which="minor", labelsize="xx-small")
         panel.set_ylabel(f"{measure.name}, difference to {against}")
         panel.grid(alpha=0.3)
     panels[0][-1].legend(loc="center left", bbox_to_anchor=(1, 0.5))  # beside the panels, over no error bar

@@ -102,3 +102,13 @@ def test_a_norm_runs_under_the_autocast_that_it_is_called_in():
     x = torch.full((4, D), 30_000.0).half()
     with torch.autocast("cpu", torch.float16):
         assert block(x, x).isfinite().all()
+
+
+def test_a_norm_gets_what_float16_does_not_hold():
+    """B A x, under autocast."""
+    block = LAuReL_LR(D, rank=R, norm=nn.RMSNorm(D))
+    for p in (block.A, block.B):
+        nn.init.constant_(p, 10.0)
+    x = torch.full((4, D), 500.0).half()
+    with torch.autocast("cpu", torch.float16):
+        assert torch.equal(block(x, x), 2 * x + 1)
