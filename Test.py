@@ -10,8 +10,6 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from inspect import getdoc
 from pathlib import Path
@@ -22,7 +20,7 @@ from torchvision.datasets import CIFAR10, CIFAR100
 import TrainUtil
 from comparison.console import UserError, print_table, say, set_up_output
 from comparison.data import synthetic
-from comparison.device import compiler_errors, cores, default_precision, keep_memory, out_of_memory
+from comparison.device import compiler_errors, cores, default_precision, keep_memory, memory_errors
 from comparison.distributed import agent_store, broadcast, first_process, launched, leave, process_group
 from comparison.files import describe, write_json
 from comparison.folder import Data, Folder, load_folder
@@ -275,16 +273,6 @@ def check_sizes(options: argparse.Namespace, data: Data, recipe: TrainUtil.Recip
     smallest = min(size for size, _ in recipe.sizes)
     network = build(options.arch, Model.parse("residual"), 0, data, smallest)
     TrainUtil.check_batch(network, min(recipe.batch_size, data.train_size), options.accumulate)
-
-
-@contextmanager
-def memory_errors(advice: str) -> Iterator[None]:
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not out_of_memory(error):
-            raise
-        raise UserError(f"out of memory: {advice}", code=1) from None
 
 
 def train_seed(

@@ -88,6 +88,16 @@ def compiler_errors() -> Iterator[None]:
         raise UserError(f"--compile does not work here: {reason}") from None
 
 
+@contextlib.contextmanager
+def memory_errors(advice: str) -> Iterator[None]:
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        raise UserError(f"out of memory: {advice}", code=1) from None
+
+
 def synchronize(device: torch.device) -> None:
     if device.type != "cpu":
         getattr(torch, device.type).synchronize()
