@@ -62,6 +62,11 @@ examples:
 """
 
 
+NEEDED = {"lr": "optimizer", "seconds": "profile", "network": "profile", "gpt": "profile"}
+PROFILED = ("models", "arch", "batch_size", "device", "precision", "compile", "threads", "image_size", "out")
+PROFILED += ("seconds", "network", "gpt")  # the options of --profile
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
         said = launched() and os.environ["LOCAL_RANK"] != "0"  # by another process of the same machine
@@ -134,7 +139,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--parallel", type=count, default=1, metavar="N", help="N processes, a seed each at a time (default: 1)")
     add("--threads", type=count, metavar="N", help="CPU threads of each (default: the cores divided by --parallel)")
     add("--accumulate", type=count, default=1, metavar="N", help="train on a batch in N parts, for less memory")
-    add("--device", type=device, default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
+    add("--device", type=device, default=device("auto"), help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     add("--precision", choices=("auto", "float32", "bfloat16"), default="auto", help="(default: the device's fastest)")
     add("--compile", action="store_true", help="compile the model with torch.compile; its time is reported apart")
     add("--data-dir", type=path, default=Path("data"), metavar="DIR", help="where the data are kept (default: data)")
@@ -154,10 +159,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     shape = ("DIM", "LAYERS", "LENGTH", "BATCH")
     add("--gpt", type=count, nargs=4, default=[768, 4, 256, 4], metavar=shape, help="--profile: (default: 768 4 256 4)")
     add("--out", type=path, metavar="DIR", help="where results go; resumes a study (default: runs/ and time)")
-    add("--against", metavar="MODEL", help="what the others are compared with (default: residual)")
+    add("--against", metavar="MODEL", help="what the others are compared with (default: the study's, or residual)")
     again = "show the tables and draw the pictures of earlier studies, from their files alone, and end"
     add("--draw", type=path, nargs="+", metavar="DIR", help=again)
     options = parser.parse_args(argv)
+    given = [name for name, value in vars(options).items() if value != parser.get_default(name)]
+    for name in given:
+        for mode, allowed in (("draw", ("against",)), ("profile", PROFILED)):
+            if mode in given and name not in (mode, *allowed):
+                parser.error(f"--{name.replace('_', '-')} has no effect with --{mode}")
+        if name in NEEDED and NEEDED[name] not in given:
+            parser.error(f"--{name} goes with --{NEEDED[name]}")
     if options.draw:
         return options
     models = options.models or [Model.parse(name) for name in (MODELS if options.profile else MODELS[:4])]
@@ -190,8 +202,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if options.dataset != "synthetic" and text_arch != (options.dataset == "enwik8"):
         allowed = [arch for arch in ARCHS if (arch in TEXT_ARCHS) != text_arch]
         parser.error(f"--dataset {options.dataset} goes with --arch {', '.join(allowed)}, not with {options.arch}")
-    if options.lr and not options.optimizer:
-        parser.error("--lr goes with --optimizer")
     if options.optimizer:
         options.lr = options.lr or {"adamw": 0.001, "sgd": 0.1}[options.optimizer]
     recipe = text if text_arch else image

@@ -143,8 +143,9 @@ def check_batch(model: nn.Module, batch: int, accumulate: int) -> None:
     """Raises a UserError where a part of a batch has too few examples for the model or for the processes."""
     world = processes()[1]
     norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
-    if batch < world * accumulate or (norm and batch < 2 * accumulate):
-        least = "two examples, for batch norm" if norm else "an example for each process"
+    single = norm and batch < 2 * accumulate
+    if single or batch < world * accumulate:
+        least = "two examples, for batch norm" if single else "an example for each process"
         raise UserError(
             f"each part of a batch must have {least}, got {batch} examples a batch in {accumulate} parts and {world} "
             "processes"
@@ -395,8 +396,9 @@ def warm_up(
     parts, labels = x.tensor_split(accumulate), y.tensor_split(accumulate)
     with compiler_errors():
         # The larger parts and the smaller, in every process as many: synchronised batch norms wait for each other.
+        # Twice, as a CUDA graph is recorded in the second call.
         for i in {0, accumulate - 1}:
-            for size, _ in recipe.sizes:
+            for size, _ in 2 * recipe.sizes:
                 with autocast(y.device, precision):
                     logits = network(resize(parts[i], size))
                 cross_entropy(logits, labels[i]).backward()

@@ -67,8 +67,8 @@ class Model:
         low_rank = ("lr" in base or "pa" in base) and "rank" not in arguments
         effective = {
             "dim": base == "rw",
-            "rank": "pa" in base,
-            "shared": "pa" in base and low_rank,
+            "rank": base in ("pa", "rw+pa"),  # rank=none, which leaves no LR in rw+lr+pa
+            "shared": base in ("pa", "rw+pa") and low_rank,
             "bound": "rw" in base,
             "init": low_rank,
             "scale": "rw" in base and arguments.get("bound") != "none",

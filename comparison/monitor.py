@@ -40,6 +40,7 @@ class Monitor:
         self.refresh()
 
     def refresh(self) -> None:
+        self.study.refresh()  # another process may have finished a seed
         training = {seed: self.study.progress(seed) for seed in self.seeds}
         training = {seed: each for seed, each in training.items() if each and self.study.lacking(seed, self.models)}
         done, lines = self.done(training), {}

@@ -144,8 +144,9 @@ class Study:
                 study.config["against"] = against or study.config["against"]
                 study.commit = commit  # of the runs that are added
                 for seed in study.config["seeds"]:
-                    if study.checkpoint(seed).exists() and not study.begun(seed):
-                        study.clear(seed)
+                    with suppress(filelock.Timeout), study.lock(f"seed {seed}", wait=False):  # no process trains it
+                        if not study.begun(seed):
+                            study.clear(seed)
             else:
                 shutil.rmtree(out / "checkpoints", ignore_errors=True)  # of a study that is gone
             check_against(against, study.config["models"])

@@ -4,7 +4,7 @@ import select
 from pathlib import Path
 
 import pytest
-from script import POSIX, SYNTHETIC, start
+from script import CONFIG, POSIX, SYNTHETIC, runs_of, start
 
 from comparison.monitor import Monitor
 from comparison.study import Study
@@ -15,9 +15,11 @@ DIVERGED = {"train_loss": None, "test_loss": None, "test_accuracy": 0.1}
 
 @pytest.fixture
 def study(tmp_path) -> Study:
+    study = Study(tmp_path, {**CONFIG, "seeds": [0, 1], "models": ["residual", "rw"]})
+    study.write()
     for seed in (0, 1):
-        Study(tmp_path, {}).folder(seed).mkdir(parents=True)
-    return Study(tmp_path, {})
+        study.folder(seed).mkdir(parents=True)
+    return study
 
 
 def test_plain_lines_where_the_output_is_no_terminal(finished):
@@ -54,6 +56,10 @@ def test_what_another_process_reports_is_shown_too(study, capsys):
     assert here.bar.tasks[0].completed == pytest.approx(0.35)
     here.refresh()
     assert capsys.readouterr().out == ""  # once
+    runs = runs_of({"residual": [0.5, 0.5], "rw": [0.5, 0.5]}, learned={}, history=[])
+    Study.read(study.out).add(1, [run for run in runs if run["seed"] == 1])
+    here.refresh()
+    assert here.bar.tasks[0].completed == pytest.approx(1.1)
 
 
 def test_a_seed_is_reported_once_a_second_and_after_each_epoch(study, monkeypatch):

@@ -48,6 +48,12 @@ def test_images_that_are_too_small_are_refused(options, tmp_path, capsys):
     assert "2×2 pixels are too small" in capsys.readouterr().err
 
 
+def test_a_width_that_is_no_whole_number_of_heads_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        Test.parse(["--profile", "--gpt", "100", "4", "256", "4"])
+    assert "--gpt 100 …: the width must be a multiple of 64" in capsys.readouterr().err
+
+
 def test_profile_shows_medians_of_ratios_within_a_round():
     base = {"model": "residual", "parameters": 9, "flops": 2e9, "saved_bytes": 4e6, "peak_bytes": None}
     other = {**base, "model": "rw", "parameters": 10, "flops": 3e9, "saved_bytes": 5e6}

@@ -23,7 +23,7 @@ import TrainUtil
 from comparison.device import out_of_memory
 from comparison.files import PARTIAL
 from comparison.networks import ARCHS, SmallCNN
-from comparison.study import git_commit
+from comparison.study import Study, git_commit
 
 resource = pytest.importorskip("resource") if os.name == "posix" else None
 
@@ -156,6 +156,18 @@ def test_a_checkpoint_of_a_study_that_is_gone_is_not_used(half_finished, uninter
     capsys.readouterr()
     assert Test.main([*STUDY, "--seeds", "1", "--out", str(tmp_path)]) == 0
     assert "[1/1] seed 0, epoch 1/3" in capsys.readouterr().out
+
+
+def test_what_a_killed_process_reported_is_not_taken_for_one_that_trains(finished, tmp_path):
+    """It was killed before its first checkpoint; one that trains has the lock of its seed."""
+    out = shutil.copytree(finished[1], tmp_path / "out")
+    study, config = Study.read(out), json.loads((out / "results.json").read_text())["config"]
+    for seed in (5, 6):
+        study.folder(seed).mkdir(parents=True)
+        study.report(seed, {"models": ["rw"], "work": 0.5, "tested": 0, "text": ""})
+    with study.lock("seed 6"):
+        Study.open(out, {**config, "seeds": [5, 6]}, None)
+    assert [study.progress(seed).get("work") for seed in (5, 6)] == [None, 0.5]
 
 
 @pytest.fixture(scope="module")
