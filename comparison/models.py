@@ -9,7 +9,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from comparison.connections import X0, DenseFormer, LayerScale, Residual, ReZero
@@ -158,13 +157,6 @@ def start_at_zero(branch: nn.Module) -> None:
     *_, last = (layer for layer in branch.modules() if getattr(layer, "weight", None) is not None)
     for p in last.parameters():
         nn.init.zeros_(p)
-
-
-class PostActivationStage(Stage):
-    """Its first branch brings its input to the stage's shape, and `down` the input that is added to it."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return residual_layers(x, self.down(x), self.branches, self.residuals, activation=F.relu)
 
 
 def residual_layers(

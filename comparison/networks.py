@@ -18,7 +18,7 @@ from comparison.console import UserError
 from comparison.data import seeded
 from comparison.device import out_of_memory
 from comparison.folder import Data
-from comparison.models import LAuReL_PA, Model, PostActivationStage, Stage, residual_layers, start_at_zero
+from comparison.models import LAuReL_PA, Model, Stage, residual_layers, start_at_zero
 from comparison.text import Text
 from comparison.transformers import GPT, ViT
 
@@ -83,19 +83,14 @@ class ResNet(nn.Module):
             self.stages = nn.ModuleList()
             channels = 16
             for i, width in enumerate(self.widths):
-                branches = [self.branch(channels, width), *(self.branch(width, width) for _ in range(n - 1))]
-                shortcut = Shortcut(channels, width)
-                self.stages.append(PostActivationStage(shortcut, branches, width, model, 1000 * seed + 100 * i + 1))
+                first = BasicBlock(channels, width, stride=width // channels, downsample=Shortcut(channels, width))
+                blocks = nn.Sequential(first, *(BasicBlock(width, width) for _ in range(n - 1)))
+                self.stages.append(BlockStage(blocks, model, 1000 * seed + 100 * i + 1))
                 channels = width
             self.classifier = nn.Linear(channels, data.classes)
         if model.base == "deeper":
             with seeded(1000 * seed + 999):
-                self.stages[1].deepen(self.branch(self.widths[1], self.widths[1]))
-
-    @staticmethod
-    def branch(channels: int, width: int) -> nn.Sequential:
-        first = (conv(channels, width, stride=width // channels), nn.BatchNorm2d(width), nn.ReLU())
-        return nn.Sequential(*first, conv(width, width), nn.BatchNorm2d(width))
+                self.stages[1].deepen(BasicBlock(self.widths[1], self.widths[1]))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
@@ -113,8 +108,8 @@ class Shortcut(nn.Module):
         return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.new)) if self.new else x
 
 
-def conv(channels: int, width: int, stride: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(channels, width, kernel_size=3, stride=stride, padding=1, bias=False)
+def conv(channels: int, width: int) -> nn.Conv2d:
+    return nn.Conv2d(channels, width, kernel_size=3, padding=1, bias=False)
 
 
 class ImageNetResNet(torchvision.models.ResNet):
