@@ -173,9 +173,10 @@ def test_one_optimizer_has_a_rate_of_its_own(data, capsys):
         assert part in capsys.readouterr().err
 
 
-def test_a_cpu_may_have_a_number(tmp_path):
-    options = [*SYNTHETIC, "--limit", "20", "--models", "rw", "--device", "cpu:0", "--out", str(tmp_path)]
-    assert Test.main(options) == 0
+def test_devices_of_one_kind_may_share_a_study(tmp_path):
+    options = [*SYNTHETIC, "--limit", "20", "--models", "rw", "--out", str(tmp_path)]
+    for device, seeds in (("cpu", "1"), ("cpu:0", "2")):
+        assert Test.main([*options, "--device", device, "--seeds", seeds]) == 0
 
 
 @pytest.mark.parametrize(
