@@ -209,7 +209,7 @@ def table(config: dict, runs: list[dict]) -> dict:
         notes.append(f"No differences: there is no {against} among the models.")
     if any(timed) and not all(timed):
         notes.append("No step time where a model was not trained side by side with residual.")
-    if len({run.get("git_commit") for run in runs}) > 1:
+    if len({commit for run in runs for commit in (run.get("git_commit") or "").split(", ")}) > 1:
         notes.append("The runs are of several commits, see results.json.")
     return {"title": title(config), "columns": columns, "rows": rows, "notes": " ".join(notes)}
 

@@ -208,7 +208,11 @@ class Study:
             return {}
 
     def report(self, seed: int, progress: dict) -> None:
-        write_json(self.folder(seed) / "progress.json", progress)
+        write_json(self.folder(seed) / "progress.json", {**progress, "commits": self.commits(seed)})
+
+    def commits(self, seed: int) -> list[str]:
+        """Those of the code that has trained the seed so far, with this process's."""
+        return list(dict.fromkeys([*self.progress(seed).get("commits", []), *filter(None, [self.commit])]))
 
     def refuse_changes(self, config: dict) -> None:
         def flat(config: dict) -> dict:
@@ -231,8 +235,9 @@ class Study:
         """Adds the finished runs of a seed, and removes their checkpoint."""
         with self.lock("study"):
             self.refresh()
+            commits = ", ".join(self.commits(seed)) or None
             for run in runs:
-                self.runs[run["model"], seed] = {**run, "git_commit": self.commit}
+                self.runs[run["model"], seed] = {**run, "git_commit": commits}
             self.write()
             self.clear(seed)
 

@@ -158,6 +158,15 @@ def test_a_checkpoint_of_a_study_that_is_gone_is_not_used(half_finished, uninter
     assert "[1/1] seed 0, epoch 1/3" in capsys.readouterr().out
 
 
+def test_a_run_names_all_the_code_that_trained_it(half_finished, tmp_path, monkeypatch, capsys):
+    first = json.loads((tmp_path / "results.json").read_text())["config"]["git_commit"]
+    monkeypatch.setattr("comparison.study.git_commit", lambda: "later")
+    assert Test.main([*STUDY, "--out", str(tmp_path)]) == 0
+    named = {run["seed"]: run["git_commit"] for run in results(tmp_path)}
+    assert named == {0: ", ".join(filter(None, (first, "later"))), 1: "later"}
+    assert "The runs are of several commits" in capsys.readouterr().out
+
+
 def test_what_a_killed_process_reported_is_not_taken_for_one_that_trains(finished, tmp_path):
     """It was killed before its first checkpoint; one that trains has the lock of its seed."""
     out = shutil.copytree(finished[1], tmp_path / "out")
