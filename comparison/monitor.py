@@ -40,8 +40,9 @@ class Monitor:
         self.refresh()
 
     def refresh(self) -> None:
-        self.study.refresh()  # another process may have finished a seed
         training = {seed: self.study.progress(seed) for seed in self.seeds}
+        if any(not training[seed] and self.study.lacking(seed, self.models) for seed in self.seen):
+            self.study.refresh()  # another process has finished a seed
         training = {seed: each for seed, each in training.items() if each and self.study.lacking(seed, self.models)}
         done, lines = self.done(training), {}
         for seed, each in training.items():
