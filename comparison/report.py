@@ -7,7 +7,8 @@ from itertools import accumulate
 from typing import NamedTuple
 
 # Here and not where it is needed, though it takes a second: after Ctrl-C amid an import it can't be imported any more.
-from scipy.stats import chi2, nct, t, ttest_rel
+from scipy.special import chdtri, nctdtr, stdtrit
+from scipy.stats import ttest_rel
 
 
 class Measure(NamedTuple):
@@ -118,7 +119,7 @@ def verdict(result: dict, measure: Measure, tests: int = 1) -> str:
     if -measure.margin < low and high < measure.margin:
         return "equal"
     n = len(result["differences"])
-    sd = result["sd"] * ((n - 1) / chi2.ppf(0.2, n - 1)) ** 0.5
+    sd = result["sd"] * ((n - 1) / chdtri(n - 1, 0.8)) ** 0.5
     needed = max(n + 1, seeds_to_find(measure.margin / sd, tests))
     return f"open, {needed} seeds" if needed < 10_000 else "open"
 
@@ -130,7 +131,7 @@ def seeds_to_find(effect: float, tests: int = 1) -> int:
     """
 
     def power(n: int) -> float:
-        return nct.sf(t.ppf(1 - 0.025 / tests, n - 1), n - 1, effect * n**0.5)
+        return 1 - nctdtr(n - 1, effect * n**0.5, stdtrit(n - 1, 1 - 0.025 / tests))  # noncentral t
 
     return bisect_left(range(2, 10_000), 0.8, key=power) + 2
 
