@@ -143,7 +143,7 @@ class Study:
                     study.config[name] = list(dict.fromkeys([*study.config[name], *config[name]]))
                 study.config["against"] = against or study.config["against"]
                 study.commit = commit  # of the runs that are added
-                for seed in study.config["seeds"]:
+                for seed in filter(lambda seed: study.folder(seed).exists(), study.config["seeds"]):
                     with suppress(filelock.Timeout), study.lock(f"seed {seed}", wait=False):  # no process trains it
                         if not study.begun(seed):
                             study.clear(seed)
