@@ -64,12 +64,23 @@ def wrapped(text: str, figure: "Figure") -> str:
     return textwrap.fill(text, int(15 * figure.get_figwidth()))
 
 
-def subplots(*shape: int, figsize: tuple[float, float], **options) -> tuple:
+def subplots(columns: int, width: float, height: float = 4.5, rows: int = 0) -> tuple:
+    """A figure and its panels side by side, high enough for a legend or labels of so many rows."""
     os.environ.pop("MPLBACKEND", None)  # a notebook's, which may not be installed here
     from matplotlib.figure import Figure  # here, as it takes a second to import
 
-    figure = Figure(figsize=figsize, layout="constrained")
-    return figure, figure.subplots(*shape, **options)
+    figure = Figure(figsize=(width, max(height, 1 + 0.2 * rows)), layout="constrained")
+    return figure, figure.subplots(1, columns, squeeze=False)[0]
+
+
+def add_legend(figure: "Figure", heading: str | None = None) -> None:
+    """One for all panels, beside them: over no line and no error bar."""
+    found = {}
+    for panel in figure.axes:
+        handles, labels = panel.get_legend_handles_labels()
+        found |= dict(zip(labels, handles))
+    if found:
+        figure.legend(found.values(), found, title=heading, loc="outside right center", fontsize="small")
 
 
 def draw_course(by_model: dict[str, list[dict]], style: dict) -> dict[str, "Figure"]:
@@ -80,7 +91,7 @@ def draw_course(by_model: dict[str, list[dict]], style: dict) -> dict[str, "Figu
     name, field, factor, quantity = "accuracy.png", "test_accuracy", 100, "test accuracy (%)"
     if run["test_accuracy"] is None:
         name, field, factor, quantity = "loss.png", "test_loss", 1, "test loss (nats per byte)"
-    figure, axes = subplots(figsize=(8, 5))
+    figure, (axes,) = subplots(1, 9, rows=len(by_model))
     for model, mine in by_model.items():
         seconds = over_seeds([list(accumulate(e["seconds"] for e in run["history"])) for run in mine])[0]
         mean, sd = over_seeds([[factor * e[field] for e in run["history"]] for run in mine])
@@ -88,7 +99,7 @@ def draw_course(by_model: dict[str, list[dict]], style: dict) -> dict[str, "Figu
         axes.fill_between(seconds, mean - sd, mean + sd, alpha=0.15, color=style[model]["color"])
     axes.set(xlabel="training time (s)", ylabel=quantity)
     axes.grid(alpha=0.3)
-    axes.legend(title="mean ± standard deviation" if max(map(len, by_model.values())) > 1 else None)
+    add_legend(figure, "mean ± standard deviation" if max(map(len, by_model.values())) > 1 else None)
     return {name: figure}
 
 
@@ -105,7 +116,7 @@ def draw_curves(by_model: dict[str, list[dict]], against: str, style: dict) -> "
     histories = [history for mine in pairs.values() for pair in mine for history in pair]
     if not histories or any(epoch.get(field) is None for each in histories for epoch in each for field in fields):
         return None
-    figure, panels = subplots(1, 2, figsize=(12, 4.5))
+    figure, panels = subplots(2, 12, rows=len(pairs))
     for panel, (field, text) in zip(panels, fields.items()):
         for name, mine in pairs.items():
             tests = [
@@ -121,8 +132,7 @@ def draw_curves(by_model: dict[str, list[dict]], against: str, style: dict) -> "
         panel.set(title=text, xlabel="epoch", ylabel=f"difference to {against} (nats)")
         panel.xaxis.get_major_locator().set_params(integer=True)
         panel.grid(alpha=0.3)
-    how = "mean and 95 % band" if max(map(len, pairs.values())) > 1 else None
-    panels[-1].legend(title=how, loc="center left", bbox_to_anchor=(1, 0.5))
+    add_legend(figure, "mean and 95 % band" if max(map(len, pairs.values())) > 1 else None)
     return figure
 
 
@@ -134,8 +144,8 @@ def draw_differences(summary: list[dict], against: str, style: dict) -> "Figure 
     measures = [each for each in measured(summary) if any(entry[each.field]["interval"] for entry in summary)]
     if not measures:
         return None
-    figure, panels = subplots(1, len(measures), figsize=(6 * len(measures), 1.8 + 0.4 * len(summary)), squeeze=False)
-    for panel, measure in zip(panels[0], measures):
+    figure, panels = subplots(len(measures), 6 * len(measures), 1.8 + 0.4 * len(summary))
+    for panel, measure in zip(panels, measures):
         tested = [entry for entry in reversed(summary) if entry[measure.field]["interval"]]
         for y, result in enumerate(entry[measure.field] for entry in tested):
             differences, (low, high) = result["differences"], result["interval"]
@@ -162,8 +172,8 @@ def draw_parameters(summary: list[dict], against: str, style: dict) -> "Figure |
     measures = [measure for measure in measured(summary) if any(entry[measure.field]["differences"] for entry in added)]
     if not measures:
         return None
-    figure, panels = subplots(1, len(measures), figsize=(6 * len(measures), 4.5), squeeze=False)
-    for panel, measure in zip(panels[0], measures):
+    figure, panels = subplots(len(measures), 6 * len(measures), rows=len(added))
+    for panel, measure in zip(panels, measures):
         for entry in added:
             result = entry[measure.field]
             if result["differences"]:
@@ -177,7 +187,7 @@ def draw_parameters(summary: list[dict], against: str, style: dict) -> "Figure |
         panel.tick_params(axis="x", which="minor", labelsize="xx-small")
         panel.set_ylabel(f"{measure.name}, difference to {against}")
         panel.grid(alpha=0.3)
-    panels[0][-1].legend(loc="center left", bbox_to_anchor=(1, 0.5))  # beside the panels, over no error bar
+    add_legend(figure)
     return figure
 
 
@@ -195,7 +205,13 @@ def draw_learned(by_model: dict[str, list[dict]], style: dict) -> "Figure | None
         panel.text(0.5, 0.5, f"no model here learns {symbol}", ha="center", transform=panel.transAxes)
         panel.set_axis_off()
 
-    figure, (*lines, heat) = subplots(1, 3, figsize=(14, 4.5))
+    rows = {
+        f"{name} γ{key[6:-1]}": by_layer(runs, key)[0]
+        for name, runs in by_model.items()
+        for key in runs[0]["learned"]
+        if key.startswith("gamma")
+    }
+    figure, (*lines, heat) = subplots(3, 15, rows=max(len(by_model), len(rows)))
     rotation = 90 if len(layers) > 9 else 0
     for panel, symbol, key in zip(lines, "αβ", ("alpha", "beta")):
         for name, runs in by_model.items():
@@ -205,16 +221,8 @@ def draw_learned(by_model: dict[str, list[dict]], style: dict) -> "Figure | None
         panel.set(xlabel="layer (stage.layer)", ylabel=symbol)
         panel.tick_params(axis="x", rotation=rotation)
         panel.grid(alpha=0.3)
-        if panel.has_data():
-            panel.legend(fontsize="small")
-        else:
+        if not panel.has_data():
             nothing(panel, symbol)
-    rows = {
-        f"{name} γ{key[6:-1]}": by_layer(runs, key)[0]
-        for name, runs in by_model.items()
-        for key in runs[0]["learned"]
-        if key.startswith("gamma")
-    }
     if rows:
         most = max(abs(value) for row in rows.values() for value in row if not math.isnan(value))
         image = heat.imshow(list(rows.values()), cmap="RdBu", vmin=-most, vmax=most, aspect="auto")
@@ -230,6 +238,7 @@ def draw_learned(by_model: dict[str, list[dict]], style: dict) -> "Figure | None
         figure.colorbar(image, ax=heat)
     else:
         nothing(heat, "γ")
+    add_legend(figure)
     return figure
 
 
@@ -244,10 +253,10 @@ def draw_learning(by_model: dict[str, list[dict]], style: dict) -> "Figure | Non
                 courses[key] = style[name]["label"], over_seeds(values)[0]
     if not courses:
         return None
-    figure, panels = subplots(1, len(courses), figsize=(6 * len(courses), 4.5), squeeze=False)
+    figure, panels = subplots(len(courses), 6 * len(courses))
     from matplotlib import colormaps
 
-    for panel, (key, (name, course)) in zip(panels[0], courses.items()):
+    for panel, (key, (name, course)) in zip(panels, courses.items()):
         layers = course.shape[1]
         for i, values in enumerate(course.T):
             color = colormaps["viridis"](i / max(1, layers - 1))

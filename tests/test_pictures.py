@@ -106,6 +106,28 @@ def test_pictures_say_which_seeds_are_in_them():
         assert title.x1 <= figure.bbox.x1
 
 
+@pytest.mark.parametrize("models", [3, 40])
+def test_legends_lie_beside_the_panels(models):
+    """Also of many models with long names."""
+    layers = {"alpha": {"1.1": 1.0, "1.2": 0.5}, "beta": {"1.1": 1.0, "1.2": 1.5}, "gamma[0]": {"1.1": 0.5}}
+    epoch = {"seconds": 1.0, "test_accuracy": 0.8, "train_loss": 1.0, "test_loss": 1.0, "learned": layers}
+    accuracies = {f"rw+lr+pa@{i}:bound=sigmoid": [0.8, 0.8 + i / 1000] for i in range(models)}
+    runs = runs_of({"residual": [0.8, 0.9], **accuracies})
+    runs = [{**run, "history": [epoch, epoch], "learned": layers} for run in runs]
+    for i, run in enumerate(runs):
+        run["parameters"] += i
+    drawn = figures({**CONFIG, "seeds": [0, 1]}, runs)
+    assert len([figure for figure in drawn.values() if figure.legends]) == 4
+    for figure in drawn.values():
+        figure.draw_without_rendering()
+        panels = [panel.get_window_extent() for panel in figure.axes]
+        assert all(panel.height > figure.bbox.height / 2 for panel in panels)
+        for box in (legend.get_window_extent() for legend in figure.legends):
+            assert not any(box.overlaps(panel) for panel in panels)
+            assert all(map(figure.bbox.containsx, (box.x0 + 1, box.x1 - 1)))
+            assert all(map(figure.bbox.containsy, (box.y0 + 1, box.y1 - 1)))
+
+
 def test_several_studies_are_shown_in_turn(finished, tmp_path, capsys):
     for name in ("first", "second"):
         shutil.copytree(finished[1], tmp_path / name)
