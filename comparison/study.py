@@ -187,6 +187,8 @@ class Study:
                 return
             self.refresh()
             waiting()
+        with self.lock("study"):  # whoever has added the last seed may not have written all of it yet
+            pass
 
     def folder(self, seed: int) -> Path:
         """Where a seed's checkpoint and progress are while it is trained."""
@@ -208,11 +210,10 @@ class Study:
             return {}
 
     def report(self, seed: int, progress: dict) -> None:
-        write_json(self.folder(seed) / "progress.json", {**progress, "commits": self.commits(seed)})
-
-    def commits(self, seed: int) -> list[str]:
-        """Those of the code that has trained the seed so far, with this process's."""
-        return list(dict.fromkeys([*self.progress(seed).get("commits", []), *filter(None, [self.commit])]))
+        """Leaves word of a seed that this process trains, with the commits of all the code that has trained it."""
+        before = self.progress(seed).get("commits", []) if progress["tested"] else []  # it may have to start over
+        commits = list(dict.fromkeys([*before, *filter(None, [self.commit])]))
+        write_json(self.folder(seed) / "progress.json", {**progress, "commits": commits})
 
     def refuse_changes(self, config: dict) -> None:
         def flat(config: dict) -> dict:
@@ -235,7 +236,7 @@ class Study:
         """Adds the finished runs of a seed, and removes their checkpoint."""
         with self.lock("study"):
             self.refresh()
-            commits = ", ".join(self.commits(seed)) or None
+            commits = ", ".join(self.progress(seed).get("commits", [])) or None
             for run in runs:
                 self.runs[run["model"], seed] = {**run, "git_commit": commits}
             self.write()

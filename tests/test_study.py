@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -158,13 +159,34 @@ def test_a_checkpoint_of_a_study_that_is_gone_is_not_used(half_finished, uninter
     assert "[1/1] seed 0, epoch 1/3" in capsys.readouterr().out
 
 
-def test_a_run_names_all_the_code_that_trained_it(half_finished, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_run_names_all_the_code_that_trained_it(damaged, half_finished, tmp_path, monkeypatch, capsys):
     first = json.loads((tmp_path / "results.json").read_text())["config"]["git_commit"]
+    if damaged:
+        half_finished.write_bytes(b"")  # seed 0 starts over
     monkeypatch.setattr("comparison.study.git_commit", lambda: "later")
     assert Test.main([*STUDY, "--out", str(tmp_path)]) == 0
     named = {run["seed"]: run["git_commit"] for run in results(tmp_path)}
-    assert named == {0: ", ".join(filter(None, (first, "later"))), 1: "later"}
-    assert "The runs are of several commits" in capsys.readouterr().out
+    assert named == {0: "later" if damaged or not first else f"{first}, later", 1: "later"}
+    assert ("The runs are of several commits" in capsys.readouterr().out) == (len(set(named.values())) > 1)
+
+
+def test_a_study_ends_when_all_of_it_is_written(finished, tmp_path):
+    """Also by another process, which ends with this one's."""
+    study = Study.read(shutil.copytree(finished[1], tmp_path / "out"))
+    last = [study.runs.pop((model, 1)) for model in study.config["models"]]
+    study.write()
+    waited = threading.Event()
+    with study.lock("seed 1"):  # as the other process has
+        take = study.take([0, 1], study.config["models"], waited.set)
+        thread = threading.Thread(target=lambda: list(take), daemon=True)
+        thread.start()
+        waited.wait()
+        with study.lock("study"):
+            Study(study.out, study.config, [*study.runs.values(), *last]).write()
+            thread.join(0.5)
+            assert thread.is_alive()  # results.json is there; results.csv might not be
+        thread.join()
 
 
 def test_what_a_killed_process_reported_is_not_taken_for_one_that_trains(finished, tmp_path):
