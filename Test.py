@@ -24,7 +24,7 @@ from comparison.device import compiler_errors, cores, default_precision, keep_me
 from comparison.distributed import agent_store, broadcast, first_process, launched, leave, process_group
 from comparison.files import describe, write_json
 from comparison.folder import Data, Folder, load_folder
-from comparison.models import MODELS, Model
+from comparison.models import LARGEST, MODELS, Model
 from comparison.monitor import Monitor
 from comparison.networks import ARCHS, TEXT_ARCHS, build
 from comparison.parallel import end_with_parent, helpers, helping
@@ -63,8 +63,12 @@ examples:
 
 
 NEEDED = {"lr": "optimizer", "seconds": "profile", "network": "profile", "gpt": "profile"}
-PROFILED = ("models", "arch", "batch_size", "device", "precision", "compile", "threads", "image_size", "out")
-PROFILED += ("seconds", "network", "gpt")  # the options of --profile
+SHARED = ("models", "device", "precision", "compile", "threads", "out", "seconds", "network")
+PROFILED = {
+    "cnn": (*SHARED, "arch", "batch_size", "image_size"),
+    "gpt": (*SHARED, "gpt"),
+}  # for --profile, by --network
+PROFILED["both"] = PROFILED["cnn"] + PROFILED["gpt"]
 
 
 class Parser(argparse.ArgumentParser):
@@ -92,8 +96,8 @@ def rate(text: str) -> float:
         value = float(text)
     except ValueError:
         value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a positive number, got {text!r}")
+    if not 0 < value <= LARGEST:
+        raise argparse.ArgumentTypeError(f"must be a positive number up to {LARGEST:g}, got {text!r}")
     return value
 
 
@@ -165,9 +169,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     given = [name for name, value in vars(options).items() if value != parser.get_default(name)]
     for name in given:
-        for mode, allowed in (("draw", ("against",)), ("profile", PROFILED)):
+        for mode, allowed in (("draw", ("against",)), ("profile", PROFILED[options.network])):
             if mode in given and name not in (mode, *allowed):
-                parser.error(f"--{name.replace('_', '-')} has no effect with --{mode}")
+                one = f" --network {options.network}" * (mode == "profile" and "network" in given)
+                parser.error(f"--{name.replace('_', '-')} has no effect with --{mode}{one}")
         if name in NEEDED and NEEDED[name] not in given:
             parser.error(f"--{name} goes with --{NEEDED[name]}")
     if options.draw:
@@ -388,10 +393,14 @@ def run_follower(options: argparse.Namespace) -> int:
 
 
 def draw_again(out: Path, against: str | None) -> int:
-    study = Study.read(out)
-    if not study.runs:
-        raise UserError(f"--draw {out}: no run has finished yet")
-    check_against(against, dict.fromkeys(model for model, _ in study.runs))
+    try:
+        study = Study.read(out)
+        if not study.runs:
+            raise UserError(f"--draw {out}: no run has finished yet")
+        check_against(against, dict.fromkeys(model for model, _ in study.runs))
+    except UserError as error:  # the other studies are shown all the same
+        print(error, file=sys.stderr)
+        return error.code
     study.config["against"] = against or study.config["against"]
     return show(study)
 

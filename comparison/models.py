@@ -2,7 +2,6 @@
 
 import argparse
 import importlib
-import math
 import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -19,6 +18,7 @@ LAuReL_LR = importlib.import_module("LAuReL-LR").LAuReL_LR
 LAuReL_PA = importlib.import_module("LAuReL-PA").LAuReL_PA
 
 
+LARGEST = 1e6  # of the numbers that a user sets
 MODELS = ("residual", "rw", "lr", "pa", "rw+lr", "rw+pa", "rw+lr+pa", "deeper")
 MODELS += ("rezero", "layerscale", "x0", "denseformer")  # what people would take in LAuReL's place
 # The arguments of a block that a model's name may set; decay: weight decay on the block's parameters; rate: a factor on
@@ -122,10 +122,11 @@ def argument(text: str) -> tuple[str, object]:
     if isinstance(allowed, dict) and value in allowed:
         return name, allowed[value]
     with suppress(ValueError):
-        if allowed is float and 0 <= float(value) < math.inf:
+        if allowed is float and 0 <= float(value) <= LARGEST:
             return name, float(value)
     forms = (f"{n}={'|'.join(v) if isinstance(v, dict) else 'NUMBER'}" for n, v in ARGUMENTS.items())
-    raise argparse.ArgumentTypeError(f"{text!r} sets no argument of a block; allowed are {', '.join(forms)}")
+    allowed = f"allowed are {', '.join(forms)}, numbers up to {LARGEST:g}"
+    raise argparse.ArgumentTypeError(f"{text!r} sets no argument of a block; {allowed}")
 
 
 class Stage(nn.Module):

@@ -194,7 +194,8 @@ def build(arch: str, model: Model, seed: int, data: Data, smallest: int | None =
     except (RuntimeError, IndexError, ValueError) as error:
         if out_of_memory(error):
             raise
-        raise UserError(f"images of {size}×{size} pixels are too small for --arch {arch}") from error
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"images of {size}×{size} pixels are too small for --arch {arch}: {reason}") from error
     return network.train()
 
 
@@ -203,7 +204,7 @@ def whitening_filters(data: Data, axes: int = 8) -> Tensor:
 
     All twelve were no better on the held-out images, and the convolution that follows is the most expensive one.
     """
-    n_images = 5000 * 32**2 // data.size**2
+    n_images = max(1, 5000 * 32**2 // data.size**2)
     patches = F.unfold(data.normalize(data.sample(n_images)), kernel_size=2, stride=2)  # (N, 12, patches)
     patches = patches.transpose(0, 1).flatten(1)  # (12, N · patches)
     variance, vectors = torch.linalg.eigh(patches @ patches.T / patches.shape[1])  # ascending

@@ -83,10 +83,10 @@ def add_legend(figure: "Figure", heading: str | None = None) -> None:
         figure.legend(found.values(), found, title=heading, loc="outside right center", fontsize="small")
 
 
-def draw_course(by_model: dict[str, list[dict]], style: dict) -> dict[str, "Figure"]:
+def draw_course(by_model: dict[str, list[dict]], style: dict) -> dict[str, "Figure | None"]:
     """Accuracy, or the loss of text, over training time: mean and standard deviation over the seeds by epoch."""
     if not by_model:
-        return {}
+        return {"accuracy.png": None, "loss.png": None}
     run = next(iter(by_model.values()))[0]
     name, field, factor, quantity = "accuracy.png", "test_accuracy", 100, "test accuracy (%)"
     if run["test_accuracy"] is None:

@@ -203,8 +203,10 @@ def table(config: dict, runs: list[dict]) -> dict:
     notes = ["Mean ± standard deviation over the seeds; differences paired by seed, with 95 % intervals."]
     notes.append("p after Holm's correction over the models, for each measure apart.")
     notes.append(f"Equal: below {margins}, by two one-sided tests at 5 %, not corrected.")
-    notes.append("Open: neither; that many seeds would find such a difference with a power of 80 %.")
-    if seeds == 1:
+    notes.append("Open: neither; in four of five studies that many seeds find such a difference with a power of 80 %.")
+    if not measures:
+        notes = ["All runs have diverged."]
+    elif seeds == 1:
         notes = ["One seed shows little: repeat with --seeds 3 or more."]
     if against not in (run["model"] for run in runs):
         notes.append(f"No differences: there is no {against} among the models.")

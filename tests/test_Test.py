@@ -166,7 +166,8 @@ def test_one_optimizer_has_a_rate_of_its_own(data, capsys):
         assert configuration(vars(Test.parse(options)))["lr"] == lr  # as results.json has it
     for options, part in (
         (["--lr", "0.1"], "--lr goes with --optimizer"),
-        (["--lr", "0"], "must be a positive number, got '0'"),
+        (["--lr", "0"], "must be a positive number up to 1e+06, got '0'"),
+        (["--lr", "1e39"], "up to 1e+06, got '1e39'"),  # no optimiser takes it
     ):
         with pytest.raises(SystemExit):
             Test.parse(options)
@@ -210,6 +211,7 @@ def test_devices_of_one_kind_may_share_a_study(tmp_path):
         (["--models", "pa:shared=no"], ["'shared=no'", "shared=true|false"]),
         (["--models", "pa:rank=2.5"], ["'rank=2.5'", "rank=none"]),
         (["--models", "rw:decay=-1"], ["'decay=-1'", "decay=NUMBER"]),
+        (["--models", "rw:rate=1e300"], ["'rate=1e300'", "numbers up to 1e+06"]),
         (["--models", "deeper:scale=1"], ["'deeper:scale=1'", "scale would be ignored"]),
         (["--models", "residual:decay=1"], ["decay would be ignored"]),
         (["--models", "lr:bound=sigmoid"], ["bound would be ignored"]),

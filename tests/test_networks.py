@@ -1,5 +1,6 @@
 import copy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -7,7 +8,7 @@ import torchvision
 
 from comparison.data import normalize
 from comparison.models import MODELS, Model
-from comparison.networks import ARCHS, Shortcut, SmallCNN
+from comparison.networks import ARCHS, Shortcut, SmallCNN, whitening_filters
 
 
 @pytest.fixture(scope="module", params=["small", "resnet20", "vit", "resnet18", "resnet50"])
@@ -91,6 +92,12 @@ def test_imagenet_resnets_are_torchvisions_with_its_weights(arch, name, data):
     x = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     for training in (True, False):
         torch.testing.assert_close(ours.train(training)(x), theirs.train(training)(x))
+
+
+def test_large_images_are_whitened_by_one_of_them_at_least():
+    images = torch.rand(1, 3, 8, 8)
+    data = SimpleNamespace(size=3000, sample=lambda n: images[:n], normalize=lambda images: images)
+    assert whitening_filters(data).isfinite().all()
 
 
 def test_parameters_added_to_resnet_50(data):

@@ -143,6 +143,24 @@ def test_drawing_without_a_study(tmp_path, capsys):
     assert "no run has finished" in capsys.readouterr().err
 
 
+def test_a_study_that_cannot_be_drawn_leaves_the_others(finished, tmp_path, capsys):
+    shutil.copytree(finished[1], tmp_path / "good")
+    assert Test.main(["--draw", str(tmp_path / "none"), str(tmp_path / "good")]) == 2
+    printed = capsys.readouterr()
+    assert str(tmp_path / "none") in printed.err
+    assert str(tmp_path / "good" / "accuracy.png") in printed.out
+
+
+def test_pictures_of_runs_that_have_all_diverged_go(finished, tmp_path):
+    shutil.copytree(finished[1], tmp_path, dirs_exist_ok=True)
+    study = json.loads((tmp_path / "results.json").read_text())
+    for run in study["runs"]:
+        run |= {"diverged": 1, "test_loss": None}
+    (tmp_path / "results.json").write_text(json.dumps(study))
+    assert Test.main(["--draw", str(tmp_path)]) == 0
+    assert not list(tmp_path.glob("*.png"))
+
+
 def test_a_study_can_be_drawn_against_another_model(finished, tmp_path, capsys):
     shutil.copy(finished[1] / "results.json", tmp_path)
     before = (tmp_path / "results.json").read_bytes()

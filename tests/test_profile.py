@@ -9,6 +9,13 @@ from comparison.models import MODELS
 from comparison.profile import flops, interleave, profile_table, saved_bytes
 
 
+@pytest.mark.parametrize(("network", "option"), [("gpt", "--arch wide"), ("cnn", "--gpt 64 1 8 1")])
+def test_options_of_the_other_network_are_refused(network, option, capsys):
+    with pytest.raises(SystemExit):
+        Test.parse(["--profile", "--network", network, *option.split()])
+    assert f"{option.split()[0]} has no effect with --profile --network {network}" in capsys.readouterr().err
+
+
 def test_profile_measures_every_model_in_the_same_rounds(tmp_path, capsys):
     small = ["--seconds", "1", "--gpt", "64", "2", "16", "2", "--batch-size", "8", "--precision", "float32"]
     assert Test.main(["--profile", *small, "--models", "rw", "pa/2", "--out", str(tmp_path)]) == 0

@@ -300,7 +300,10 @@ def test_a_study_of_nothing_but_diverged_runs_is_shown_too(tmp_path, monkeypatch
 
     monkeypatch.setitem(ARCHS, "small", build)
     assert Test.main([*SYNTHETIC, "--models", "rw", "--out", str(tmp_path)]) == 0
-    assert "(0 of 1 seeds, 1 diverged)" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "(0 of 1 seeds, 1 diverged)" in printed
+    assert "All runs have diverged." in printed
+    assert "Equal:" not in printed  # there is no measure of which to say so
     text = (tmp_path / "results.json").read_text()
     assert "NaN" not in text
     assert json.loads(text)["runs"][0]["diverged"] == 1
