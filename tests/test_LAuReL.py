@@ -1,6 +1,5 @@
 import itertools
 
-import numpy as np
 import pytest
 import torch
 from block_properties import BlockProperties, D, bounded
@@ -42,12 +41,6 @@ def test_weights_stay_bounded_whatever_w_is(bound):
         torch.testing.assert_close(block.alpha + block.beta, torch.full((D,), 2.0))
 
 
-@pytest.mark.parametrize("bound", ["softmax", "sigmoid", "single"])
-def test_scale_one_starts_at_one_half(bound):
-    x, fx = torch.randn(4, D), torch.randn(4, D)
-    assert torch.equal(LAuReL(bound=bound, scale=1.0)(x, fx), 0.5 * fx + 0.5 * x)
-
-
 def test_scalar_weights_take_any_shape():
     for shape in [(), (3,), (2, 0), (2, 3, 4)]:
         assert LAuReL()(torch.ones(shape), torch.ones(shape)).shape == shape
@@ -58,15 +51,6 @@ def test_vectors_hold_alphas_values_first():
     with torch.no_grad():
         block.w.copy_(torch.tensor([3.0, 4.0, 5.0, 6.0]))
     assert (block.alpha.tolist(), block.beta.tolist()) == ([3, 4], [5, 6])
-
-
-def test_alpha_weighs_the_branch_and_beta_the_input():
-    block = LAuReL(bound="none")
-    with torch.no_grad():
-        block.w.copy_(torch.tensor([3.0, 5.0]))
-    assert block.alpha == 3
-    assert block.beta == 5
-    np.testing.assert_array_equal(block(torch.zeros(2), torch.ones(2)).detach(), [3, 3])
 
 
 def test_complex_numbers_have_the_gradients_of_the_obvious_form():

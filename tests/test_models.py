@@ -3,9 +3,7 @@ import weakref
 import pytest
 import torch
 
-import TrainUtil
 from comparison.models import Model, residual_layers
-from comparison.networks import SmallCNN
 
 
 def test_parameters_added_to_the_language_model_of_table_5():
@@ -52,11 +50,3 @@ def test_a_models_name_sets_the_arguments_of_its_blocks():
     assert (identity.rank, identity.k) == (None, 2)
     assert apart.A.shape[0] == 3
     assert Model.parse("rw+lr:decay=0.1,rate=3").own == {"block_decay": 0.1, "block_rate": 3.0}
-
-
-def test_weight_decay_in_a_models_name_is_its_blocks_alone(data):
-    net = SmallCNN(Model.parse("rw+lr"), 0, data)
-    _, adam = TrainUtil.optimizers(net, TrainUtil.Recipe(block_decay=0.1))
-    decayed = [id(p) for group in adam.param_groups for p in group["params"] if group["weight_decay"] == 0.1]
-    assert sorted(decayed) == sorted(id(p) for stage in net.stages for p in stage.residuals.parameters())
-    assert {group["weight_decay"] for group in adam.param_groups} == {0.0, 0.1}
