@@ -113,8 +113,7 @@ class LAuReL_PA(nn.Module):
             else:
                 ones = torch.ones_like(self.A, dtype=torch.long)  # of A itself, which may be sharded
                 pattern = (ones.cumsum(-1) - ones.cumsum(-2)) % self.rank == 0  # component i mod r, channel i
-                with torch.no_grad():
-                    self.A.copy_(pattern / (self.rank * self.dim) ** 0.5)
+                self.A.data.copy_(pattern / (self.rank * self.dim) ** 0.5)
         if self.w is not None:
             nn.init.constant_(self.w, 1.0 if self.bound == "none" else 0.0)
 
