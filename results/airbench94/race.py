@@ -187,7 +187,7 @@ def main(argv: list[str] | None = None, data: Dataset | None = None) -> None:
         (HERE / "race.json").write_text(json.dumps({"config": config, "runs": runs}, indent=1) + "\n")
     ours = curve(runs, {name.partition(":")[0] for name in contestants} - {"airbench"})
     theirs = curve(runs, {"airbench"})
-    figure, axes = subplots(figsize=(6, 4))
+    figure, (axes,) = subplots(1, 6, 4)
     for label, points in {"Test.py": ours, "airbench94_muon": theirs}.items():
         axes.plot(*zip(*((s, 100 * a) for s, a in points)), "o-", label=label)
     axes.set(xscale="log", xlabel="training s", ylabel="test accuracy %", title=config["device_name"])
