@@ -17,6 +17,8 @@ import pytest
 import torch
 
 from comparison.data import Dataset, synthetic
+from comparison.networks import ARCHS
+from comparison.transformers import GPT
 
 ROOT = Path(__file__).parents[1]
 
@@ -108,6 +110,11 @@ def free_port() -> int:
 def torchrun(*options: str, restarts: int = 0) -> list[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     return [*command, f"--max-restarts={restarts}", str(ROOT / "Test.py"), *options]
+
+
+def one_layer() -> None:
+    """A gpt6 with less to compile."""
+    ARCHS["gpt6"] = functools.partial(GPT, layers=1)
 
 
 def results(out: Path) -> list[dict]:

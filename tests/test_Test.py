@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from script import PICTURES, POSIX, SYNTHETIC, start
+from script import PICTURES, POSIX, SYNTHETIC, one_layer, start
 from torchvision.datasets import CIFAR10
 from torchvision.transforms.functional import to_pil_image
 
@@ -282,12 +282,14 @@ def test_a_rank_that_fits_into_no_memory_is_refused(tmp_path, capsys):
 def without_a_compiler(cache: Path) -> None:
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache)
     import_module("torch._inductor.config").cpp.cxx = ("no-such-compiler",)
+    one_layer()
 
 
 @pytest.mark.slow
 @POSIX
 def test_without_a_compiler_compile_is_refused(tmp_path):
-    options = [*SYNTHETIC, "--limit", "20", "--batch-size", "10", "--models", "rw", "--compile", "--device", "cpu"]
+    options = [*SYNTHETIC, "--limit", "8", "--batch-size", "8", "--models", "rw", "--compile", "--device", "cpu"]
+    options += ["--arch", "gpt6"]
     options += ["--out", str(tmp_path / "out")]
     process = start(*options, output=tmp_path / "said", before=partial(without_a_compiler, tmp_path / "cache"))
     process.join()

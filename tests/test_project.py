@@ -131,12 +131,13 @@ def test_the_script_beside_the_results_runs(tmp_path, monkeypatch, data):
 @pytest.mark.download
 def test_one_short_run_on_the_real_data(tmp_path):
     options = ["--models", "residual", "--epochs", "1", "--seeds", "1", "--limit", "5000", "--batch-size", "250"]
-    options += ["--threads", str(cores()), "--data-dir", str(tmp_path / "data"), "--out", str(tmp_path / "out")]
+    options += ["--hold-out", "1000", "--threads", str(cores())]
+    options += ["--data-dir", str(tmp_path / "data"), "--out", str(tmp_path / "out")]
     done = run(*options)
     assert done.returncode == 0, done.stderr
     (one,) = json.loads((tmp_path / "out" / "results.json").read_text())["runs"]
     assert one["test_accuracy"] > 0.25
-    assert "CIFAR-10, 5,000 training images" in done.stdout
+    assert "CIFAR-10, tested on 1000 held-out training images, 5,000 training images" in done.stdout
     # What it left for the next time, checked against its SHA-256
     data = load_cifar(CIFAR10, tmp_path / "data")
     assert data.train_labels.bincount().tolist() == [5000] * 10

@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from script import SYNTHETIC, free_port, join, results, start, torchrun
+from script import SYNTHETIC, free_port, join, one_layer, results, start, torchrun
 
 import Test
 from comparison.networks import ARCHS
-from comparison.transformers import GPT
 
 pytestmark = pytest.mark.slow  # they start many processes
 
@@ -53,11 +52,6 @@ def test_two_processes_give_the_numbers_of_one_once(together, tmp_path):
         assert mine["parameters"] == one["parameters"]
     assert json.loads((together / "results.json").read_text())["config"]["processes"] == 2
     assert Test.main([*TOGETHER, "--out", str(together)]) == 2  # another number of processes
-
-
-def one_layer() -> None:
-    """Less to compile."""
-    ARCHS["gpt6"] = partial(GPT, layers=1)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler on the CPU")
