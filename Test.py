@@ -63,11 +63,9 @@ examples:
 
 
 NEEDED = {"lr": "optimizer", "seconds": "profile", "network": "profile", "gpt": "profile"}
+# The options of --profile, by --network
 SHARED = ("models", "device", "precision", "compile", "threads", "out", "seconds", "network")
-PROFILED = {
-    "cnn": (*SHARED, "arch", "batch_size", "image_size"),
-    "gpt": (*SHARED, "gpt"),
-}  # for --profile, by --network
+PROFILED = {"cnn": (*SHARED, "arch", "batch_size", "image_size"), "gpt": (*SHARED, "gpt")}
 PROFILED["both"] = PROFILED["cnn"] + PROFILED["gpt"]
 
 
