@@ -37,7 +37,7 @@ class LAuReL_LR(nn.Module):
     With ``residual_weights=True`` it is RW+LR: α · f(x) + β · (x + B A x) (eq. 5). B starts at zero, and the block as
     the plain residual, to the last bit, unless ``scale`` is changed. After a loop that fills every matrix of a model,
     such as nn.Transformer's, call ``reset_parameters()``. Let Adam train A and B (0.0003 to 0.003 were tried in a GPT),
-    not Muon at the rate of other matrices; give ``w`` a group without weight decay and with a rate of 0.003 to 0.01.
+    or Muon at 0.002, not at the 0.02 of other matrices; give ``w`` a group without weight decay, at 0.003 to 0.01.
 
     Args:
         dim: D, the size of the channel dimension.

@@ -49,8 +49,8 @@ class LAuReL_PA(nn.Module):
     B starts at zero and gamma at 1, or, with the identity h, gamma at 0, which the paper leaves open, and the block as
     the plain residual, to the last bit, unless ``scale`` is changed. ``gamma_gain``, a factor on gamma, is 1/k where h
     is low-rank, so that its terms move as fast as LR's one. After a loop that fills every matrix of a model, such as
-    nn.Transformer's, call ``reset_parameters()``. Let Adam train A and B (0.0003 to 0.003 were tried in a GPT), not
-    Muon at the rate of other matrices; give gamma and ``w`` a group without weight decay, at 0.003 to 0.01.
+    nn.Transformer's, call ``reset_parameters()``. Let Adam train A and B (0.0003 to 0.003 were tried in a GPT), or Muon
+    at 0.002, not at the 0.02 of other matrices; give gamma and ``w`` a group without weight decay, at 0.003 to 0.01.
 
     Args:
         dim: D, the size of the channel dimension.
