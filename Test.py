@@ -10,6 +10,7 @@ import os
 import re
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict, replace
 from inspect import getdoc
 from pathlib import Path
@@ -90,13 +91,10 @@ def seeds(text: str) -> list[int]:
 
 
 def rate(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value <= LARGEST:
-        raise argparse.ArgumentTypeError(f"must be a positive number up to {LARGEST:g}, got {text!r}")
-    return value
+    with suppress(ValueError):
+        if 0 < float(text) <= LARGEST:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"must be a positive number up to {LARGEST:g}, got {text!r}")
 
 
 def path(text: str) -> Path:
