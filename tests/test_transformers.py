@@ -92,7 +92,7 @@ def test_a_vit_sees_images_of_every_size_of_the_recipe(data):
 
 @pytest.mark.slow
 def test_low_rank_pairs_do_not_keep_a_gpt_whose_branches_start_at_zero_from_learning():
-    """Twelve layers, one AdamW at 0.003. With A filled by Xavier's rule they do: LR by 0.14 nats, PA by 0.18."""
+    """Twelve layers, one AdamW at 0.003. With A filled by Xavier's rule they do."""
     names = ("residual", "lr", "pa", "lr:init=xavier")
     plain, *ends = (train(GPT(Model.parse(name), 0, dim=64), steps=50, batch=4) for name in names)
     assert [end < plain + 0.08 for end in ends] == [True, True, False], ends
