@@ -8,12 +8,13 @@ from comparison.muon import Muon, orthogonalize
 @pytest.mark.parametrize("shape", [(32, 288), (288, 32), (64, 64)])
 def test_orthogonalize_brings_all_singular_values_near_one(shape):
     torch.manual_seed(0)
-    matrix = torch.randn(shape)
-    values = torch.linalg.svdvals(orthogonalize(matrix))
+    matrices = torch.randn(2, *shape)
+    values = torch.linalg.svdvals(orthogonalize(matrices))
     assert values.max() < 1.3
     assert values.median() > 0.6
-    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
-    assert (left.T @ orthogonalize(matrix) @ right.T).diag().min() > 0  # along the singular vectors
+    left, _, right = torch.linalg.svd(matrices, full_matrices=False)
+    along = left.mT @ orthogonalize(matrices) @ right.mT  # the singular vectors
+    assert along.diagonal(dim1=1, dim2=2).min() > 0
 
 
 def test_muon_keeps_the_norm_of_a_filter_bank_and_ignores_the_scale_of_its_gradient():
@@ -37,3 +38,21 @@ def test_a_matrix_moves_by_its_learning_rate_in_every_direction():
         Muon([p], lr=0.1, momentum=0.9).step()
         values = torch.linalg.svdvals(p.detach() - before)
         assert 0.5 * 0.1 * factor < values.median() < 1.3 * 0.1 * factor
+
+
+def test_parameters_that_train_together_move_as_each_alone():
+    shapes = ((16, 8, 3, 3), (8, 16, 3, 3), (16, 8, 3, 3), (24, 32), (32, 24), (24, 32))
+    ends = []
+    for together in (True, False):
+        torch.manual_seed(0)
+        params = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+        how = {"lr": 0.1, "momentum": 0.6, "dtype": torch.float32}
+        optimizers = [Muon(params, **how)] if together else [Muon([p], **how) for p in params]
+        for _ in range(3):
+            for p in params:
+                p.grad = torch.randn(p.shape)
+            for optimizer in optimizers:
+                optimizer.step()
+        ends.append([p.detach() for p in params])
+    for mine, alone in zip(*ends):
+        torch.testing.assert_close(mine, alone)
