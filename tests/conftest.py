@@ -14,6 +14,11 @@ from comparison.data import Dataset
 from comparison.pictures import draw
 
 
+def pytest_configure(config):
+    if config.getoption("-m") != "cuda":  # the others ask for the bits of a CPU
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
