@@ -62,7 +62,7 @@ class SmallCNN(nn.Module):
         x = F.gelu(self.whitening(x))
         for stage in self.stages:
             x = stage(x)
-        return self.classifier(x.amax(dim=(2, 3)))
+        return self.classifier(F.adaptive_max_pool2d(x, 1).flatten(1))
 
 
 class ResNet(nn.Module):

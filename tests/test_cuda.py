@@ -127,7 +127,9 @@ def test_the_script_runs(tmp_path, options):
     assert Test.main(study) == 0
     runs = results(tmp_path)
     assert len(runs) == 4
-    assert all(run["train_seconds"] > 0 and run["step_ratio"] > 0 and run["test_loss"] < 3 for run in runs)
+    assert all(run["train_seconds"] > 0 and run["step_ratio"] > 0 for run in runs)
+    for first, last in (run["history"] for run in runs):
+        assert last["test_loss"] < first["test_loss"]
     config = json.loads((tmp_path / "results.json").read_text())["config"]
     assert config["device_name"] == torch.cuda.get_device_name()
     assert config["precision"] == "bfloat16" or not torch.cuda.is_bf16_supported(including_emulation=False)
