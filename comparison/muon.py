@@ -48,7 +48,8 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype = torch.bfloat16, steps: 
     """About U Vᵀ of the singular value decomposition U S Vᵀ of each, by a quintic Newton–Schulz iteration."""
     if matrices.shape[-2] > matrices.shape[-1]:
         return orthogonalize(matrices.mT, dtype, steps).mT
-    X = matrices.to(dtype) / (matrices.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    norms = matrices.norm(dim=(-2, -1), keepdim=True)  # in float32, which would lift X to it
+    X = (matrices.to(dtype) / (norms + 1e-7)).to(dtype)
     for _ in range(steps):
         XXt = X @ X.mT
         X = torch.baddbmm(X, torch.baddbmm(XXt, XXt, XXt, beta=-4.7750, alpha=2.0315), X, beta=3.4445)

@@ -17,6 +17,12 @@ def test_orthogonalize_brings_all_singular_values_near_one(shape):
     assert along.diagonal(dim1=1, dim2=2).min() > 0
 
 
+def test_orthogonalize_computes_in_the_dtype_that_it_is_given():
+    found = orthogonalize(torch.randn(2, 32, 64), torch.bfloat16)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, found.bfloat16().float())
+
+
 def test_muon_keeps_the_norm_of_a_filter_bank_and_ignores_the_scale_of_its_gradient():
     results = []
     for scale in (1.0, 100.0):
