@@ -164,7 +164,7 @@ def saved_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
     saved: dict[StorageWeakRef, Tensor] = {}  # the tensors too, so that no storage takes the place of a freed one
 
     def pack(tensor: Tensor) -> Tensor:
-        saved[StorageWeakRef(tensor.untyped_storage())] = tensor
+        saved[StorageWeakRef(tensor.untyped_storage())] = tensor.detach()  # which does not keep the graph that keeps it
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):

@@ -1,8 +1,11 @@
+import gc
 import json
+import weakref
 from functools import partial
 
 import pytest
 import torch
+from torch import nn
 
 import Test
 from comparison.models import MODELS
@@ -53,6 +56,21 @@ def test_profile_measures_the_networks_that_are_asked_for(chosen, measured, tmp_
 def test_images_that_are_too_small_are_refused(options, tmp_path, capsys):
     assert Test.main(["--profile", "--network", "cnn", *options, "--out", str(tmp_path)]) == 2
     assert "2×2 pixels are too small" in capsys.readouterr().err
+
+
+def test_what_is_saved_is_freed_once_it_is_counted():
+    """Of every model in turn: together they may be more than a GPU has."""
+    p, intermediate = nn.Parameter(torch.ones(1000)), []
+
+    def forward() -> torch.Tensor:
+        x = p * p
+        y = x * x
+        intermediate.extend(map(weakref.ref, (x, y)))
+        return (y * y).sum()
+
+    assert saved_bytes(nn.ParameterList([p]), forward) == 8000
+    gc.collect()
+    assert [tensor() for tensor in intermediate] == [None, None]
 
 
 def test_a_width_that_is_no_whole_number_of_heads_is_refused(capsys):
