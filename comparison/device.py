@@ -84,7 +84,8 @@ def compiler_errors() -> Iterator[None]:
     try:
         yield
     except torch._dynamo.exc.BackendCompilerFailed as error:
-        reason = str(error).strip().partition("\n")[0]
+        cause = error.inner_exception
+        reason = f"{type(cause).__name__}: {cause}".partition("\n")[0]
         raise UserError(f"--compile does not work here: {reason}") from None
 
 

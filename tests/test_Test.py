@@ -295,7 +295,7 @@ def test_without_a_compiler_compile_is_refused(tmp_path):
     process.join()
     said = (tmp_path / "said").read_text()
     assert process.exitcode == 2, said
-    assert "--compile does not work here" in said
+    assert "--compile does not work here: InvalidCxxCompiler: No working C++ compiler" in said
     assert "Traceback" not in said
 
 
