@@ -62,7 +62,8 @@ class SmallCNN(nn.Module):
         x = F.gelu(self.whitening(x))
         for stage in self.stages:
             x = stage(x)
-        return self.classifier(F.adaptive_max_pool2d(x, 1).flatten(1))
+        x = F.max_pool2d(x, x.shape[2:])  # compiled in bfloat16 the gradient of amax may be NaN
+        return self.classifier(x.flatten(1))
 
 
 class ResNet(nn.Module):
