@@ -45,7 +45,10 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(matrices: Tensor, dtype: torch.dtype = torch.bfloat16, steps: int = 5) -> Tensor:
-    """About U Vᵀ of the singular value decomposition U S Vᵀ of each, by a quintic Newton–Schulz iteration."""
+    """About U Vᵀ of the singular value decomposition U S Vᵀ of each of (n, rows, columns).
+
+    By a quintic Newton–Schulz iteration.
+    """
     if matrices.shape[-2] > matrices.shape[-1]:
         return orthogonalize(matrices.mT, dtype, steps).mT
     norms = matrices.norm(dim=(-2, -1), keepdim=True)  # in float32, which would lift X to it

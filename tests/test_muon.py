@@ -46,13 +46,14 @@ def test_a_matrix_moves_by_its_learning_rate_in_every_direction():
         assert 0.5 * 0.1 * factor < values.median() < 1.3 * 0.1 * factor
 
 
-def test_parameters_that_train_together_move_as_each_alone():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_parameters_that_train_together_move_as_each_alone(dtype):
     shapes = ((16, 8, 3, 3), (8, 16, 3, 3), (16, 8, 3, 3), (24, 32), (32, 24), (24, 32))
     ends = []
     for together in (True, False):
         torch.manual_seed(0)
         params = [nn.Parameter(torch.randn(shape)) for shape in shapes]
-        how = {"lr": 0.1, "momentum": 0.6, "dtype": torch.float32}
+        how = {"lr": 0.1, "momentum": 0.6, "dtype": dtype}
         optimizers = [Muon(params, **how)] if together else [Muon([p], **how) for p in params]
         for _ in range(3):
             for p in params:
