@@ -320,7 +320,7 @@ def test_warming_up_leaves_the_model_as_it_was(data):
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler on the CPU")
 def test_compiling_changes_no_starting_point_and_is_timed_apart(data, monkeypatch):
-    """In bfloat16: the gradient of amax looks for numbers equal to a maximum that was rounded, finds none, and is NaN."""
+    """In bfloat16: the gradient of amax looks for numbers equal to the rounded maximum, finds none, and is NaN."""
     monkeypatch.setattr(SmallCNN, "layers", (0,))  # less to compile
     recipe, data = Recipe(epochs=2, batch_size=100, sizes=((20, 1.0),)), data.limit(300)
     models = [SmallCNN(Model.parse("residual"), 0, data, widths=(8,)) for _ in range(2)]
