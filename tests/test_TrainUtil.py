@@ -318,6 +318,7 @@ def test_warming_up_leaves_the_model_as_it_was(data):
     assert all(p.grad is None for p in model.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler on the CPU")
 def test_compiling_changes_no_starting_point_and_is_timed_apart(data, monkeypatch):
     """In bfloat16: the gradient of amax looks for numbers equal to the rounded maximum, finds none, and is NaN."""
