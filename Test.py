@@ -332,14 +332,15 @@ def compare(options: argparse.Namespace, argv: list[str]) -> int:
         say(f"{there} of {runs} runs are in {options.out} already.")
     monitor = Monitor(study, options.seeds, names, recipe.epochs, data.unit)
     kept = f"What has finished is kept. The same command with --out {options.out} resumes the study."
-    mine = ["--out", str(options.out), "--parallel", "1", "--threads", str(options.threads)]
+    others = 0 if helping() else min(options.parallel, len(options.seeds)) - 1
+    theirs = [*argv, "--out", str(options.out), "--threads", str(options.threads)]
 
     def wait() -> None:
         time.sleep(0.3)
         monitor.refresh()
 
     try:
-        with helpers(min(options.parallel, len(options.seeds)) - 1, [*argv, *mine]), monitor.bar:
+        with helpers(others, theirs), monitor.bar:
             for seed, models in study.take(options.seeds, names, None if helping() else wait):
                 broadcast((must_agree(options, data), seed, models))
 

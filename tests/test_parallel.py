@@ -3,7 +3,7 @@ import os
 import re
 import signal
 import sys
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -11,6 +11,8 @@ import pytest
 from script import POSIX, STUDY, SYNTHETIC, forkserver, numbers, plain_script, results, start, wait_for
 
 import Test
+from comparison.console import UserError
+from comparison.parallel import PARENT
 from comparison.pictures import draw
 from comparison.study import Study
 
@@ -123,7 +125,7 @@ def test_killed_processes_take_nothing_with_them(victim, long, tmp_path):
 
 
 def lead_a_group() -> None:
-    """Makes this process the first of a group of its own, which heeds Ctrl-C as one that a shell starts, and draws."""
+    """Makes this process the first of a group of its own, which obeys Ctrl-C as one that a shell starts, and draws."""
     Test.draw = draw
     os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -152,6 +154,28 @@ def test_interrupting_keeps_what_has_finished(tmp_path):
     assert not any(Path(f"/proc/{pid}").exists() for pid in helpers)
 
 
+def test_a_helper_has_the_options_of_the_process_that_starts_it(data, tmp_path, monkeypatch):
+    """The number of workers too, among which --parallel divides the cores; and it starts no helpers itself."""
+    options = ["--dataset", "imagefolder", "--parallel", "2", "--seeds", "4", "--out", str(tmp_path)]
+    given = []
+
+    @contextmanager
+    def record(n, theirs):
+        given.append((n, vars(Test.parse(theirs))))
+        raise UserError("This test trains nothing")
+        yield
+
+    monkeypatch.setattr(Test, "helpers", record)
+    monkeypatch.setattr(Test, "load_data", lambda options: data)
+    monkeypatch.setattr(Test, "cores", lambda: 8)
+    mine = vars(Test.parse(options))
+    assert Test.main(options) == 2
+    monkeypatch.setenv(PARENT, str(os.getppid()))
+    assert Test.main(options) == 2
+    assert given == [(1, mine), (0, mine)]
+    assert mine["workers"] == 4
+
+
 def look_for_scipy() -> None:
     sys.exit("scipy.stats" not in sys.modules)
 
@@ -166,7 +190,7 @@ def test_what_the_table_needs_is_imported_before_any_work():
 
 
 def test_models_that_are_added_wait_for_what_was_begun(tmp_path, monkeypatch):
-    """A seed goes on with the models that it was begun with, and then with the others."""
+    """A seed goes on with the models that it was started with, and then with the others."""
     report = Study.report
 
     def stop(study, seed, progress):
