@@ -107,11 +107,6 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def torchrun(*options: str, restarts: int = 0) -> list[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    return [*command, f"--max-restarts={restarts}", str(ROOT / "Test.py"), *options]
-
-
 def one_layer() -> None:
     """A gpt6 with less to compile."""
     ARCHS["gpt6"] = functools.partial(GPT, layers=1)
@@ -149,7 +144,7 @@ def columns_of(table: dict) -> dict[str, list[str]]:
 def runs_of(accuracies: dict[str, list[float]], **more) -> list[dict]:
     """Runs with these accuracies, and losses that are one minus these."""
     common = {"parameters": 10, "train_seconds": 1.0, "images_per_second": 1.0, "compile_seconds": 0.0}
-    common |= {"step_ratio": 1.0, "step_ratio_quartiles": [0.9, 1.2], **more}
+    common |= {"diverged": None, "step_ratio": 1.0, "step_ratio_quartiles": [0.9, 1.2], **more}
     return [
         {"model": model, "seed": seed, "test_accuracy": value, "test_loss": 1 - value, "bits_per_byte": None, **common}
         for model, values in accuracies.items()

@@ -14,7 +14,7 @@ class TestLAuReLLR(BlockProperties):
     module, name = "LAuReL-LR", "LAuReL_LR"
     variants = {
         "LR": ({"dim": D, "rank": R}, 2 * R * D),  # eq. 3
-        "LR orthogonal": ({"dim": D, "rank": R, "init": "orthogonal"}, 2 * R * D),
+        "LR xavier": ({"dim": D, "rank": R, "init": "xavier"}, 2 * R * D),
         "LR rank 1": ({"dim": D, "rank": 1}, 2 * D),
         "RW+LR": (WEIGHTED, 2 * R * D + 2),  # eq. 5
         "RW+LR scale 1": ({**WEIGHTED, "scale": 1.0}, 2 * R * D + 2),

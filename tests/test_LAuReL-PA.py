@@ -21,7 +21,7 @@ class TestLAuReLPA(BlockProperties):
     takes_history = True
     variants = {
         "PA": (BASE, 2 * R * D + K),  # eq. 4
-        "PA orthogonal": ({**BASE, "init": "orthogonal"}, 2 * R * D + K),
+        "PA xavier": ({**BASE, "init": "xavier"}, 2 * R * D + K),
         "PA k = 1": ({**BASE, "k": 1}, 2 * R * D + 1),
         "PA k = 2": ({**BASE, "k": 2}, 2 * R * D + 2),
         "PA identity": ({**BASE, "rank": None}, K),
@@ -33,7 +33,6 @@ class TestLAuReLPA(BlockProperties):
         "RW+PA single": ({**WEIGHTED, "bound": "single"}, 2 * R * D + K + 1),
         "RW+PA none": ({**WEIGHTED, "bound": "none"}, 2 * R * D + K + 2),
         "RW+LR+PA": ({**WEIGHTED, "shared": False}, 2 * R * K * D + K + 2),  # eq. 6
-        "RW+LR+PA orthogonal": ({**WEIGHTED, "shared": False, "init": "orthogonal"}, 2 * R * K * D + K + 2),
     }
     paths = ("PA", "PA identity", "PA not shared", "RW+PA", "RW+PA identity", "RW+LR+PA")
     errors = [

@@ -49,15 +49,6 @@ def network() -> nn.Sequential:
     )
 
 
-def test_every_trainable_parameter_is_in_one_optimizer_without_weight_decay():
-    model = network()
-    model[0].bias.requires_grad_(False)
-    groups = [group for opt in TrainUtil.optimizers(model, Recipe()) for group in opt.param_groups]
-    params = [id(p) for group in groups for p in group["params"]]
-    assert sorted(params) == sorted(id(p) for p in model.parameters() if p.requires_grad)
-    assert all(group.get("weight_decay", 0) == 0 for group in groups)
-
-
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told to keep memory")
 def test_freed_memory_is_kept_for_the_next_step():
     program = """if True:
@@ -358,19 +349,20 @@ class Around(nn.Module):
             setattr(self, name, block)
 
 
-def test_every_parameter_is_in_one_group_whatever_blocks_are_called():
+def test_every_trainable_parameter_is_in_one_group_whatever_blocks_are_called():
     options = {"channel_dim": 1}
     model = nn.Sequential(
         Around(residual1=TrainUtil.LAuReL(**options), skip=TrainUtil.LAuReL_LR(8, norm=nn.GroupNorm(1, 8), **options)),
         Around(residuals=nn.ModuleList([TrainUtil.LAuReL_PA(8, shared=False, **options)])),
         nn.BatchNorm2d(8),
     )
+    model[2].weight.requires_grad_(False)
     recipe = Recipe(block_decay=0.1, block_rate=2.0, scale_lr=0.003, pair_lr=0.001)
     muon, adam = TrainUtil.optimizers(model, recipe)
     others, biases, scales, pairs = (group["params"] for group in adam.param_groups)
     (filters,) = (group["params"] for group in muon.param_groups)
     every = [id(p) for group in (filters, others, biases, scales, pairs) for p in group]
-    assert sorted(every) == sorted(id(p) for p in model.parameters())
+    assert sorted(every) == sorted(id(p) for p in model.parameters() if p.requires_grad)
     assert {id(p) for p in filters} == {id(layer.f.weight) for layer in model[:2]}
     inside = [model[0].residual1, model[0].skip, model[1].residuals]
     assert {id(p) for p in scales + pairs} == {id(p) for block in inside for p in block.parameters()}

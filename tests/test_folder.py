@@ -124,11 +124,10 @@ FAULTS = {
 
 
 @pytest.mark.parametrize(("fault", "reason"), FAULTS.items(), ids=FAULTS)
-@pytest.mark.parametrize("workers", [0, 2])
-def test_what_is_wrong_with_a_folder_is_said(fault, reason, workers, images):
+def test_what_is_wrong_with_a_folder_is_said(fault, reason, images):
     path = break_folder(images, fault)
     with pytest.raises(UserError, match=reason) as error:
-        for _ in load_folder(images, 32, workers).batches(0, 0, 8):
+        for _ in load_folder(images, 32, workers=2).batches(0, 0, 8):
             pass
     assert str(path) in str(error.value)
     assert "Traceback" not in str(error.value)

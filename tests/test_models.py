@@ -37,7 +37,7 @@ def test_a_models_name_sets_the_arguments_of_its_blocks():
             "rw:bound=none",
             "rw:scale=1,bound=sigmoid",
             "rw:dim=D",
-            "rw+lr@2:init=orthogonal,scale=0.5",
+            "rw+lr@2:init=xavier,scale=0.5",
             "pa/2:rank=none",
             "pa:shared=false",
         )
@@ -46,7 +46,7 @@ def test_a_models_name_sets_the_arguments_of_its_blocks():
     assert unbounded.bound == "none"
     assert (sigmoid.scale, sigmoid.bound, sigmoid.dim) == (1, "sigmoid", None)
     assert vectors.w.shape == (16,)
-    assert (lr.init, lr.scale, lr.rank, lr.residual_weights) == ("orthogonal", 0.5, 2, True)
+    assert (lr.init, lr.scale, lr.rank, lr.residual_weights) == ("xavier", 0.5, 2, True)
     assert (identity.rank, identity.k) == (None, 2)
     assert apart.A.shape[0] == 3
     assert Model.parse("rw+lr:decay=0.1,rate=3").own == {"block_decay": 0.1, "block_rate": 3.0}

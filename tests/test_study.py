@@ -152,7 +152,7 @@ def test_killed_while_a_file_is_written_a_study_ends_with_the_same_bits(uninterr
     assert not (out / "checkpoints").exists()
 
 
-def test_a_checkpoint_of_a_study_that_is_gone_is_not_used(half_finished, uninterrupted, tmp_path, capsys):
+def test_a_checkpoint_of_a_study_that_is_gone_is_not_used(half_finished, tmp_path, capsys):
     (tmp_path / "results.json").unlink()
     capsys.readouterr()
     assert Test.main([*STUDY, "--seeds", "1", "--out", str(tmp_path)]) == 0

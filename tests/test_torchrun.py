@@ -4,13 +4,14 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from script import SYNTHETIC, free_port, join, one_layer, results, start, torchrun
+from script import ROOT, SYNTHETIC, free_port, join, one_layer, results, start
 
 import Test
 from comparison.networks import ARCHS
@@ -73,10 +74,11 @@ def test_two_processes_compile_and_accumulate_without_changing_the_losses(tmp_pa
 @pytest.mark.skipif(shutil.which("ps") is None, reason="needs ps to find the processes")
 @pytest.mark.parametrize("machines", [1, 2])
 def test_torchruns_restart_goes_on_from_the_checkpoint(machines, together, tmp_path):
-    command = torchrun(*TOGETHER, "--out", str(tmp_path), restarts=1)
+    how = ["--standalone", "--nproc-per-node=2"]
     if machines == 2:  # what each of them would run
-        at = f"--rdzv-endpoint=localhost:{free_port()}"
-        command[3:5] = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", at]
+        how = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{free_port()}"]
+    script = [str(ROOT / "Test.py"), *TOGETHER, "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "torch.distributed.run", *how, "--max-restarts=1", *script]
     environment = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": str(machines - 1)}
     output, end = os.pipe()
     pipes = {"stdout": end, "stderr": subprocess.STDOUT, "env": environment}
