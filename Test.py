@@ -342,7 +342,7 @@ def compare(options: argparse.Namespace, argv: list[str]) -> int:
     try:
         with helpers(others, theirs), monitor.bar:
             for seed, models in study.take(options.seeds, names, None if helping() else wait):
-                broadcast((must_agree(options, data), seed, models))
+                broadcast((common_settings(options, data), seed, models))
 
                 def report(*so_far: object, seed: int = seed) -> None:
                     end_with_parent()
@@ -369,8 +369,8 @@ def compare(options: argparse.Namespace, argv: list[str]) -> int:
     return status
 
 
-def must_agree(options: argparse.Namespace, data: Data) -> dict:
-    """What all processes must have alike."""
+def common_settings(options: argparse.Namespace, data: Data) -> dict:
+    """What all processes must have in common."""
     sizes = {f"training {data.examples}": data.train_size, f"test {data.examples}": data.test_size}
     return {**sizes, "classes": data.classes, "precision": options.precision, "torch": torch.__version__}
 
@@ -381,7 +381,7 @@ def run_follower(options: argparse.Namespace) -> int:
     while task := broadcast(None):  # otherwise nothing is left, or the first process has said what is wrong
         first, seed, models = task
         data = data or load_data(options)
-        mine = must_agree(options, data)
+        mine = common_settings(options, data)
         if mine != first:
             raise UserError(f"this process has {mine}, the first one {first}", code=1)
         recipe = recipe_for(options, data)

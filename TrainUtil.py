@@ -173,7 +173,7 @@ class Trainee:
         return bool(self.history) and self.history[-1]["train_loss"] is None
 
     def step(self, x: Tensor, y: Tensor, batch: int, accumulate: int) -> Tensor:
-        """Trains on this process's shard of a batch, and returns its share of the loss, without label smoothing."""
+        """Trains on this process's shard of a batch; returns the shard's part of the loss, without label smoothing."""
         world, total = processes()[1], torch.zeros((), device=x.device)
         for i, (part, labels) in enumerate(zip(x.tensor_split(accumulate), y.tensor_split(accumulate))):
             local = world > 1 and i < accumulate - 1  # gradients are averaged once a batch

@@ -1,7 +1,7 @@
 """Images in memory, and how they are augmented.
 
 CIFAR lives on the device as one uint8 tensor and is augmented there a whole batch at a time. Every random choice of a
-run is drawn on the CPU from its seed alone, so that all models of a run see the same batches."""
+run is drawn on the CPU and depends only on its seed, so that all models of a run see the same batches."""
 
 import contextlib
 from collections.abc import Iterator
@@ -87,7 +87,7 @@ class Dataset:
     def batches(self, seed: int, epoch: int, batch_size: int, max_shift: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The augmented batches of one epoch, of which this process has its shard; a last partial batch is left out.
 
-        A function of the seed and the epoch alone. Flips take turns: half of the images, drawn once for the seed, are
+        Depends only on the seed and the epoch. Flips take turns: half of the images, drawn once for the seed, are
         mirrored in even epochs, the others in odd ones (Jordan 2024, "94% on CIFAR-10 in 3.29 seconds on a single
         GPU").
         """

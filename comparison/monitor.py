@@ -28,7 +28,7 @@ class Monitor:
         return whole + sum(each["work"] for each in training.values())
 
     def report(self, seed: int, work: float, speed: float, histories: Mapping[str, list[dict]]) -> None:
-        """Leaves word of a seed that this process trains, for all: after each epoch, and at most once a second."""
+        """Writes the progress of a seed that this process trains: after each epoch, and at most once a second."""
         tested = max(map(len, histories.values()))
         if self.reported == (seed, tested) and time.monotonic() < self.reported_at + 1:
             return

@@ -35,7 +35,7 @@ def figures(config: dict, runs: list[dict]) -> dict[str, "Figure | None"]:
     if lost := [entry["model"] for entry in summary if not entry["finished"]]:
         text += f"; diverged in all seeds: {', '.join(lost)}"
     summary = [entry for entry in summary if entry["finished"]]
-    runs = [run for run in runs if not run.get("diverged")]
+    runs = [run for run in runs if not run["diverged"]]
     by_model = {entry["model"]: [run for run in runs if run["model"] == entry["model"]] for entry in summary}
     style = {
         entry["model"]: {

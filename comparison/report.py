@@ -50,7 +50,7 @@ def summarize(runs: list[dict], against: str = "residual") -> list[dict]:
     summary = []
     for name in dict.fromkeys(run["model"] for run in runs):
         mine = [run for run in runs if run["model"] == name]
-        finite = [run for run in mine if not run.get("diverged")]
+        finite = [run for run in mine if not run["diverged"]]
         ratios = [(run["step_ratio"], *run["step_ratio_quartiles"]) for run in finite if run["step_ratio"]]
         summary.append(
             {
@@ -67,7 +67,7 @@ def summarize(runs: list[dict], against: str = "residual") -> list[dict]:
     for measure in MEASURES:
         values = {}
         for run in runs:
-            if not run.get("diverged") and run[measure.field] is not None:
+            if not run["diverged"] and run[measure.field] is not None:
                 values.setdefault(run["model"], {})[run["seed"]] = measure.factor * run[measure.field]
         for entry in summary:
             mine, base = values.get(entry["model"], {}), values.get(against, {})
@@ -80,7 +80,7 @@ def summarize(runs: list[dict], against: str = "residual") -> list[dict]:
             result["verdict"] = verdict(result, measure, len(tested))
     diverged: dict[str, dict[int, bool]] = {}
     for run in runs:
-        diverged.setdefault(run["model"], {})[run["seed"]] = bool(run.get("diverged"))
+        diverged.setdefault(run["model"], {})[run["seed"]] = bool(run["diverged"])
     base = diverged.get(against, {})
     for entry in summary:
         mine = diverged[entry["model"]]

@@ -23,8 +23,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # What may change from command to command: which runs a study has, and what no number depends on.
 FREE = ("models", "seeds", "against", "parallel", "workers", "data_dir", "out", "draw", "seconds", "network", "gpt")
 FREE += ("device", "python", "torchvision", "git_commit")
-FACTS = ("data", "training_images", "test_images", "training_bytes", "test_bytes")  # all else is an option
-FACTS += ("processes", "device_name", "torch")
+NOT_OPTIONS = ("data", "training_images", "test_images", "training_bytes", "test_bytes")  # all else is
+NOT_OPTIONS += ("processes", "device_name", "torch")
 # What the table and the pictures need of results.json
 NUMBER, NONE = (int, float), type(None)
 CONFIG_FIELDS = {"data": str, "epochs": int, "seeds": list, "models": list, "device_name": str}
@@ -82,7 +82,7 @@ def complete(config: dict, runs: list[dict]) -> tuple[dict, list[dict]]:
     config = {"against": "residual", "accumulate": 1, "processes": 1, **config}
     if isinstance(config.get("seeds"), int):
         config["seeds"] = list(range(config["seeds"]))
-    added = ("test_loss", "bits_per_byte", "step_ratio", "step_ratio_quartiles")
+    added = ("test_loss", "bits_per_byte", "diverged", "step_ratio", "step_ratio_quartiles")
     return config, [run | {name: run.get(name) for name in added} if isinstance(run, dict) else run for run in runs]
 
 
@@ -138,14 +138,14 @@ class Study:
                 study.refuse_changes(config)
                 first = study.config.get("git_commit")
                 if first != commit:
-                    print(f"--out {out} was begun with the code of commit {first}", file=sys.stderr)
+                    print(f"--out {out} was started with the code of commit {first}", file=sys.stderr)
                 for name in ("models", "seeds"):
                     study.config[name] = list(dict.fromkeys([*study.config[name], *config[name]]))
                 study.config["against"] = against or study.config["against"]
                 study.commit = commit  # of the runs that are added
                 for seed in filter(lambda seed: study.folder(seed).exists(), study.config["seeds"]):
                     with suppress(filelock.Timeout), study.lock(f"seed {seed}", wait=False):  # no process trains it
-                        if not study.begun(seed):
+                        if not study.checkpointed(seed):
                             study.clear(seed)
             else:
                 shutil.rmtree(out / "checkpoints", ignore_errors=True)  # of a study that is gone
@@ -178,7 +178,7 @@ class Study:
             for seed in left:
                 with suppress(filelock.Timeout), self.lock(f"seed {seed}", wait=False):  # another process may have it
                     self.refresh()
-                    while group := self.begun(seed) or self.lacking(seed, models):
+                    while group := self.checkpointed(seed) or self.lacking(seed, models):
                         with self.lock("study"):
                             self.folder(seed).mkdir(parents=True, exist_ok=True)
                         remove_partial(self.folder(seed))
@@ -197,7 +197,7 @@ class Study:
     def checkpoint(self, seed: int) -> Path:
         return self.folder(seed) / "checkpoint.pt"
 
-    def begun(self, seed: int) -> list[str]:
+    def checkpointed(self, seed: int) -> list[str]:
         """The models of the seed's checkpoint, which are trained together to the end."""
         models = self.progress(seed).get("models", []) if self.checkpoint(seed).exists() else []
         return models if self.lacking(seed, models) else []
@@ -210,7 +210,7 @@ class Study:
             return {}
 
     def report(self, seed: int, progress: dict) -> None:
-        """Leaves word of a seed that this process trains, with the commits of all the code that has trained it."""
+        """Writes progress.json of a seed that this process trains, with the commits of all code that has trained it."""
         before = self.progress(seed).get("commits", []) if progress["tested"] else []  # it may have to start over
         commits = list(dict.fromkeys([*before, *filter(None, [self.commit])]))
         write_json(self.folder(seed) / "progress.json", {**progress, "commits": commits})
@@ -223,7 +223,7 @@ class Study:
         now, then = flat(json.loads(json.dumps(config))), flat(self.config)
         for name, value in now.items():
             if name not in FREE and then.get(name) != value:
-                option = name if "." in name or name in FACTS else f"--{name.replace('_', '-')}"
+                option = name if "." in name or name in NOT_OPTIONS else f"--{name.replace('_', '-')}"
                 raise UserError(
                     f"--out {self.out} holds a study with {option} {then.get(name)}, not {value}; name another folder"
                 )

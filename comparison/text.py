@@ -59,7 +59,7 @@ class Text:
     def batches(self, seed: int, epoch: int, batch_size: int, max_shift: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The sequences of one epoch, from random places, and the byte that follows each of theirs.
 
-        A function of the seed and the epoch alone; each process has its shard of every batch.
+        Depends only on the seed and the epoch; each process has its shard of every batch.
         """
         batch = min(batch_size, self.train_size)
         shape = (whole_batches(self.train_size, batch_size), batch)
