@@ -69,8 +69,9 @@ class ViT(nn.Module):
     images than the data's take the means of the positions over areas. `deeper` has one more layer, at the end.
     """
 
-    def __init__(self, model: Model, seed: int, data: Data, dim: int = 128, layers: int = 6) -> None:
+    def __init__(self, model: Model, seed: int, data: Data) -> None:
         super().__init__()
+        dim, layers = 128, 6
         self.patch = max(4, data.size // 16)
         grid = data.size // self.patch
         with seeded(seed):
