@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from matplotlib.ticker import LogFormatter
 from torch import Tensor, nn
 from torchvision.datasets import CIFAR10
 
@@ -185,12 +186,19 @@ def main(argv: list[str] | None = None, data: Dataset | None = None) -> None:
     for seed in range(options.seeds):
         runs += race(contestants, data, seed, precision)
         (HERE / "race.json").write_text(json.dumps({"config": config, "runs": runs}, indent=1) + "\n")
-    ours = curve(runs, {name.partition(":")[0] for name in contestants} - {"airbench"})
-    theirs = curve(runs, {"airbench"})
+    show(config, runs)
+
+
+def show(config: dict, runs: list[dict]) -> None:
+    """Draws race.png, and prints when each recipe reaches an accuracy."""
+    ours, theirs = curve(runs, {run["network"] for run in runs} - {"airbench"}), curve(runs, {"airbench"})
     figure, (axes,) = subplots(1, 6, 4)
     for label, points in {"Test.py": ours, "airbench94_muon": theirs}.items():
         axes.plot(*zip(*((s, 100 * a) for s, a in points)), "o-", label=label)
-    axes.set(xscale="log", xlabel="training s", ylabel="test accuracy %", title=config["device_name"])
+    title = f"{config['device_name']}, {config['precision']}"
+    axes.set(xscale="log", xlabel="training s", ylabel="test accuracy %", title=title)
+    axes.xaxis.set_major_formatter(LogFormatter())
+    axes.xaxis.set_minor_formatter(LogFormatter())
     axes.legend()
     figure.savefig(HERE / "race.png", dpi=120)
     print("| test accuracy % | Test.py, s | airbench94_muon, s | ratio |\n|---|---|---|---|")
