@@ -332,7 +332,6 @@ def compare(options: argparse.Namespace, argv: list[str]) -> int:
         say(f"{there} of {runs} runs are in {options.out} already.")
     monitor = Monitor(study, options.seeds, names, recipe.epochs, data.unit)
     kept = f"What has finished is kept. The same command with --out {options.out} resumes the study."
-    others = 0 if helping() else min(options.parallel, len(options.seeds)) - 1
     theirs = [*argv, "--out", str(options.out), "--threads", str(options.threads)]
 
     def wait() -> None:
@@ -340,7 +339,7 @@ def compare(options: argparse.Namespace, argv: list[str]) -> int:
         monitor.refresh()
 
     try:
-        with helpers(others, theirs), monitor.bar:
+        with helpers(min(options.parallel, len(options.seeds)) - 1, theirs), monitor.bar:
             for seed, models in study.take(options.seeds, names, None if helping() else wait):
                 broadcast((common_settings(options, data), seed, models))
 

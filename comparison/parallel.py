@@ -26,13 +26,13 @@ def end_with_parent() -> None:
 
 @contextmanager
 def helpers(n: int, options: Sequence[str]) -> Iterator[None]:
-    """Starts n further processes with options of their own; they end with this one.
+    """Starts n further processes, unless this is one, with options of their own; they end with this one.
 
     What one says that fails is printed at the end: another process has then done its work, or said the same.
     """
     started = []
     with ExitStack() as files:
-        for _ in range(n):
+        for _ in range(0 if helping() else n):
             errors = files.enter_context(tempfile.TemporaryFile("w+", errors="replace"))
             pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": errors}
             environment = {**os.environ, PARENT: str(os.getpid())}

@@ -3,9 +3,10 @@ import os
 import re
 import signal
 import sys
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from script import POSIX, STUDY, SYNTHETIC, forkserver, numbers, plain_script, results, start, wait_for
@@ -157,23 +158,26 @@ def test_interrupting_keeps_what_has_finished(tmp_path):
 def test_a_helper_has_the_options_of_the_process_that_starts_it(data, tmp_path, monkeypatch):
     """The number of workers too, among which --parallel divides the cores; and it starts no helpers itself."""
     options = ["--dataset", "imagefolder", "--parallel", "2", "--seeds", "4", "--out", str(tmp_path)]
-    given = []
+    started = []
 
-    @contextmanager
-    def record(n, theirs):
-        given.append((n, vars(Test.parse(theirs))))
+    def start_nothing(command, **_):
+        started.append(vars(Test.parse(command[2:])))
+        train_nothing()
+
+    def train_nothing(*_, **__):
         raise UserError("This test trains nothing")
-        yield
 
-    monkeypatch.setattr(Test, "helpers", record)
+    monkeypatch.setattr("comparison.parallel.subprocess", SimpleNamespace(Popen=start_nothing, DEVNULL=None))
+    monkeypatch.setattr(Test, "train_seed", train_nothing)
     monkeypatch.setattr(Test, "load_data", lambda options: data)
     monkeypatch.setattr(Test, "cores", lambda: 8)
     mine = vars(Test.parse(options))
     assert Test.main(options) == 2
+    assert started == [mine]
+    assert mine["workers"] == 4
     monkeypatch.setenv(PARENT, str(os.getppid()))
     assert Test.main(options) == 2
-    assert given == [(1, mine), (0, mine)]
-    assert mine["workers"] == 4
+    assert len(started) == 1
 
 
 def look_for_scipy() -> None:
