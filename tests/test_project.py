@@ -42,6 +42,13 @@ def test_the_lock_file_holds_no_address_and_fits_the_project():
         assert all(requirement.specifier.contains(version) for version in versions[requirement.name])
 
 
+def test_every_file_can_be_read_in_one_sitting():
+    for folder in (".", "comparison", "tests", "results/airbench94"):
+        for path in (ROOT / folder).glob("*.py"):
+            assert len(path.read_text().splitlines()) <= 450, path
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 250
+
+
 PAGES = {
     str(path.relative_to(ROOT)): path.read_text()
     for path in [ROOT / "README.md", *sorted(ROOT.glob("results/*.md")), *sorted(ROOT.glob("docs/*.md"))]
