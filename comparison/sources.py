@@ -107,7 +107,7 @@ def first_whole(
                 kept.parent.mkdir(parents=True, exist_ok=True)
                 with atomic_write(kept) as path:
                     write(content, path)
-            except OSError as error:
+            except (OSError, RuntimeError) as error:  # torch.save's, of a full disk
                 say(f"It could not be kept for the next time: {error}")
         return content
     raise UserError("\n  ".join([f"{title} is not available. What was tried:", *failed]) + f"\n{advice}")

@@ -341,6 +341,19 @@ def test_data_that_cannot_be_kept_are_used_all_the_same(folder, small, batch_fil
     assert "could not be kept" in capsys.readouterr().out
 
 
+def test_data_are_used_all_the_same_where_the_disk_is_full(folder, small, batch_files, capsys):
+    resource = pytest.importorskip("resource", reason="Windows has none")
+    put_batches(folder, batch_files)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+    try:
+        assert_is(load_cifar(CIFAR10, folder), small)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "could not be kept" in capsys.readouterr().out
+    assert not (folder / "cifar10.pt").exists()
+
+
 def test_replacing_leaves_the_old_file_where_writing_fails(tmp_path):
     path = tmp_path / "file"
     path.write_text("old")
