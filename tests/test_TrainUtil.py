@@ -1,5 +1,3 @@
-import hashlib
-import io
 import json
 import math
 import platform
@@ -243,11 +241,9 @@ def restore_from(path: Path, **models: nn.Module) -> dict[str, TrainUtil.Trainee
 def test_a_checkpoint_that_does_not_fit_leaves_all_parts_as_they_were(data, tmp_path, capsys):
     path = tmp_path / "checkpoint.pt"
     train({"a": network(), "b": network()}, data.limit(100), Recipe(epochs=1, batch_size=100), 0, checkpoint=path)
-    state = torch.load(io.BytesIO(path.read_bytes()[32:]), weights_only=True)
+    state = torch.load(path, weights_only=True)
     state["b"]["parts"][1]["param_groups"] = []  # the first model fits, and the first part of the second
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    path.write_bytes(hashlib.sha256(buffer.getvalue()).digest() + buffer.getvalue())
+    torch.save(state, path)
     trainees = restore_from(path, a=network(), b=network())
     for trainee in trainees.values():
         assert TrainUtil.digest(trainee.model) == TrainUtil.digest(network())
