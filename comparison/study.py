@@ -3,7 +3,6 @@
 import csv
 import json
 import platform
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -128,8 +127,11 @@ class Study:
         """Opens the study in a folder, or a new one, for training.
 
         Raises:
-            UserError: the folder holds a study with other options.
+            UserError: the folder holds a study with other options, or checkpoints of none.
         """
+        checkpoints = out / "checkpoints"
+        if checkpoints.exists() and not (out / "results.json").exists():  # which is written before any checkpoint
+            raise UserError(f"{checkpoints} belongs to no study in {out}; remove it, or name another folder")
         out.mkdir(parents=True, exist_ok=True)
         study, commit = Study(out, config), config["git_commit"]
         with study.lock("study"):
@@ -137,7 +139,7 @@ class Study:
                 study = Study.read(out)
                 study.refuse_changes(config)
                 first = study.config.get("git_commit")
-                if first != commit:
+                if first and first != commit:
                     print(f"--out {out} was started with the code of commit {first}", file=sys.stderr)
                 for name in ("models", "seeds"):
                     study.config[name] = list(dict.fromkeys([*study.config[name], *config[name]]))
@@ -147,8 +149,6 @@ class Study:
                     with suppress(filelock.Timeout), study.lock(f"seed {seed}", wait=False):  # no process trains it
                         if not study.checkpointed(seed):
                             study.clear(seed)
-            else:
-                shutil.rmtree(out / "checkpoints", ignore_errors=True)  # of a study that is gone
             check_against(against, study.config["models"])
             remove_partial(out)
             study.write()  # no checkpoint without the options that it belongs to

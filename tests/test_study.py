@@ -150,19 +150,20 @@ def test_killed_while_a_file_is_written_a_study_ends_with_the_same_bits(uninterr
     assert not (out / "checkpoints").exists()
 
 
-def test_a_checkpoint_of_a_study_that_is_gone_is_not_used(half_finished, tmp_path, capsys):
-    (tmp_path / "results.json").unlink()
-    capsys.readouterr()
-    assert Test.main([*STUDY, "--seeds", "1", "--out", str(tmp_path)]) == 0
-    assert "[1/1] seed 0, epoch 1/3" in capsys.readouterr().out
+def test_checkpoints_of_no_study_are_neither_used_nor_removed(tmp_path, capsys):
+    mine = tmp_path / "checkpoints" / "my model" / "epoch90.pt"
+    mine.parent.mkdir(parents=True)
+    mine.touch()
+    assert Test.main([*STUDY, "--out", str(tmp_path)]) == 2
+    assert "belongs to no study" in capsys.readouterr().err
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [mine]
 
 
 def test_a_run_names_all_the_code_that_trained_it(half_finished, tmp_path, monkeypatch, capsys):
-    first = json.loads((tmp_path / "results.json").read_text())["config"]["git_commit"]
     monkeypatch.setattr("comparison.study.git_commit", lambda: "later")
     assert Test.main([*STUDY, "--out", str(tmp_path)]) == 0
     named = {run["seed"]: run["git_commit"] for run in results(tmp_path)}
-    assert named == {0: ", ".join(filter(None, (first, "later"))), 1: "later"}
+    assert named == {0: "earlier, later", 1: "later"}
     assert "The runs are of several commits" in capsys.readouterr().out
 
 
@@ -208,6 +209,7 @@ def stopped(tmp_path_factory) -> Path:
 
     with plain_script(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(TrainUtil, "save", stop)
+        patch.setattr("comparison.study.git_commit", lambda: "earlier")
         assert Test.main([*STUDY, "--seeds", "1", "--out", str(out)]) == 130
     return out
 
