@@ -84,10 +84,10 @@ def count(text: str) -> int:
 
 def seeds(text: str) -> list[int]:
     match = re.fullmatch(r"(\d{1,9})-(\d{1,9})", text)
-    chosen = range(int(match[1]), int(match[2]) + 1) if match else range(count(text))
-    if not chosen:
-        raise argparse.ArgumentTypeError(f"must be a number of seeds or FIRST-LAST, got {text!r}")
-    return list(chosen)
+    first, last = (int(match[1]), int(match[2])) if match else (0, count(text) - 1)
+    if not first <= last < 4096:  # epoch_generator does not tell seeds apart that differ by 4096
+        raise argparse.ArgumentTypeError(f"must be a number of seeds or FIRST-LAST, from 0 to 4095, got {text!r}")
+    return list(range(first, last + 1))
 
 
 def rate(text: str) -> float:

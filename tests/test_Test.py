@@ -165,6 +165,7 @@ def test_devices_of_one_kind_may_share_a_study(tmp_path):
         (["--models", "lr@0"], ["lr@0", "from 1 to"]),
         (["--seeds", "0"], ["--seeds", "from 1 to 999999999", "'0'"]),
         (["--seeds", "7-5"], ["--seeds", "FIRST-LAST", "'7-5'"]),
+        (["--seeds", "4000-4096"], ["--seeds", "from 0 to 4095", "'4000-4096'"]),
         (["--seeds", "5-"], ["--seeds", "'5-'"]),
         (["--epochs", "-1"], ["--epochs", "from 1", "-1"]),
         (["--epochs", "2.5"], ["--epochs", "whole number", "2.5"]),
