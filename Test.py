@@ -62,7 +62,6 @@ examples:
   python Test.py --profile                              time and memory of every residual connection
 """
 
-
 NEEDED = {"lr": "optimizer", "seconds": "profile", "network": "profile", "gpt": "profile"}
 # The options of --profile, by --network
 SHARED = ("models", "device", "precision", "compile", "threads", "out", "seconds", "network")
@@ -319,7 +318,8 @@ def compare(options: argparse.Namespace, argv: list[str]) -> int:
     try:
         data = load_data(options)
         recipe = recipe_for(options, data)
-        check_sizes(options, data, recipe)
+        with memory_errors("try a smaller --image-size"):
+            check_sizes(options, data, recipe)
         config = configuration(vars(options)) | {"data": data.name, "recipe": asdict(recipe)}
         sizes = {"training": data.train_size, "test": data.test_size}
         config |= {f"{part}_{data.unit}": data.units * size for part, size in sizes.items()}

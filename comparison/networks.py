@@ -187,9 +187,8 @@ def build(arch: str, model: Model, seed: int, data: Data, smallest: int | None =
     """
     if isinstance(data, Text):
         return ARCHS[arch](model, seed, data)
-    size = smallest or data.size
+    size, network = smallest or data.size, ARCHS[arch](model, seed, data)
     try:
-        network = ARCHS[arch](model, seed, data)
         with torch.no_grad():
             network.eval()(torch.zeros(1, 3, size, size))
     except (RuntimeError, IndexError, ValueError) as error:
