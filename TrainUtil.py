@@ -192,7 +192,6 @@ class Trainee:
 
     def end_epoch(self, train_loss: float, tested: dict[str, float], seconds: list[float]) -> None:
         finite = all(map(math.isfinite, (train_loss, tested["test_loss"])))
-        finite = finite and all(p.isfinite().all() for p in self.model.parameters())
         found = {**tested, "train_loss": train_loss, "learned": learned(self.model) if finite else {}}
         if not finite:
             found |= {"train_loss": None, "test_loss": None}
@@ -231,7 +230,7 @@ def train(
 
     Each batch is made once, and every model takes its step on it before the next one is made, in an order that turns.
     The numbers of a model do not depend on the others, on a CPU to the bit; but for its step_ratio. Nothing is chosen
-    by the test set. A model whose loss or weights are not finite leaves after that epoch, and the others go on.
+    by the test set. A model whose loss is not finite leaves after that epoch, and the others go on.
 
     Within a process_group each process trains on its part of every batch, and all have the same weights: to float error
     those of one process that has the whole batch.

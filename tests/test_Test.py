@@ -245,6 +245,17 @@ def test_a_transformer_takes_a_single_image(tmp_path):
     assert Test.main([*SYNTHETIC, "--limit", "1", "--models", "rw", "--arch", "vit", "--out", str(tmp_path)]) == 0
 
 
+def test_as_many_threads_are_used_as_are_asked_for(monkeypatch):
+    monkeypatch.setattr(Test, "compare", lambda options, argv: torch.get_num_threads())
+    assert Test.main(["--threads", "2"]) == 2
+
+
+@pytest.mark.parametrize(("instructions", "precision"), [({}, "float32"), ({"avx512_bf16": True}, "bfloat16")])
+def test_bfloat16_is_the_default_where_the_processor_has_instructions_for_it(instructions, precision, monkeypatch):
+    monkeypatch.setattr("comparison.device.cpu_capabilities", lambda: instructions)
+    assert Test.parse(["--device", "cpu"]).precision == precision
+
+
 def test_a_rank_that_fits_into_no_memory_is_refused(tmp_path, capsys):
     assert Test.main([*SYNTHETIC, "--models", "lr@999999999", "--out", str(tmp_path)]) == 1
     assert "out of memory: lr@" in capsys.readouterr().err

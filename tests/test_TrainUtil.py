@@ -74,8 +74,10 @@ def test_freed_memory_is_kept_for_the_next_step():
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_training_learns_and_repeats_to_the_bit(precision, data):
     recipe = Recipe(epochs=4, batch_size=50)
-    models = [network(), network()]
+    models, dtypes = [network(), network()], set()
+    models[0].register_forward_hook(lambda model, args, logits: dtypes.add((model.training, logits.dtype)))
     results = [train_one(model, data.limit(1000), recipe, 0, precision=precision) for model in models]
+    assert dtypes == {(training, getattr(torch, precision)) for training in (True, False)}
     assert results[0]["test_accuracy"] > 0.3
     losses = [entry["train_loss"] for entry in results[0]["history"]]
     assert losses == [entry["train_loss"] for entry in results[1]["history"]]
@@ -106,9 +108,30 @@ def test_training_reports_what_it_did(data):
         assert run["images_per_second"] == pytest.approx(400 / run["train_seconds"])
 
 
+def linear() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))
+
+
+def test_learning_rates_rise_over_the_warm_up_and_fall_linearly_to_zero(data, monkeypatch):
+    step, rates = torch.optim.AdamW.step, []
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: rates.append(self.param_groups[0]["lr"]) or step(self))
+    train_one(network(), data.limit(200), Recipe(epochs=2, batch_size=40, lr=1.0, warmup=0.2), 0)
+    assert rates == pytest.approx([0.5, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1])
+
+
+def test_a_step_descends_the_smoothed_loss(data):
+    model, recipe = linear(), Recipe(epochs=1, batch_size=100, sizes=((32, 1.0),), label_smoothing=0.3, warmup=1.0)
+    x, y = next(data.limit(100).batches(0, 0, 100, recipe.max_shift))
+    (gradient,) = torch.autograd.grad(F.cross_entropy(model(x), y, label_smoothing=0.3), model[1].bias)
+    expected = model[1].bias.detach() - 0.1 * gradient
+    train_one(model, data.limit(100), recipe.with_one("sgd", 0.1), 0)
+    torch.testing.assert_close(model[1].bias.detach(), expected)
+
+
 def test_losses_are_plain_cross_entropies(data):
     """The training loss is the mean over the epoch's batches; with a learning rate of 0 that over its images."""
-    model, recipe = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)), Recipe(epochs=1, batch_size=50, lr=0.0)
+    model, recipe = linear(), Recipe(epochs=1, batch_size=50, lr=0.0)
     recipe = replace(recipe, sizes=((32, 1.0),), label_smoothing=0.5)
     result = train_one(model, data.limit(200), recipe, 0, accumulate=3)
     with torch.no_grad():
@@ -366,6 +389,7 @@ def test_every_trainable_parameter_is_in_one_group_whatever_blocks_are_called():
     assert [id(p) for p in biases] == [id(model[2].bias)]
     assert [group["weight_decay"] for group in adam.param_groups] == [0.0, 0.0, 0.1, 0.1]
     assert [group["lr"] for group in adam.param_groups] == [0.01, 0.04, 0.006, 0.002]
+    assert adam.defaults["betas"] == (0.9, 0.95)
 
 
 @pytest.mark.parametrize(("name", "kind"), [("adamw", torch.optim.AdamW), ("sgd", torch.optim.SGD)])

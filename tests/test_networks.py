@@ -46,6 +46,8 @@ def test_seeds_differ_and_building_a_model_leaves_the_random_numbers_alone(data)
     assert torch.equal(torch.rand(3), expected)
     for key in ("stages.0.branches.0.0.weight", "stages.0.residuals.0.A"):
         assert not torch.equal(states[0][key], states[1][key])
+    first, second = (states[0][f"stages.0.residuals.{i}.A"] for i in (0, 1))
+    assert not torch.equal(first[0], second[0])
 
 
 def test_every_trainable_parameter_gets_a_gradient(networks, data):

@@ -4,6 +4,7 @@ import runpy
 import shlex
 import shutil
 import warnings
+from dataclasses import asdict
 
 import pytest
 from packaging.requirements import Requirement
@@ -11,6 +12,7 @@ from script import ROOT, run, together
 from torchvision.datasets import CIFAR10
 
 import Test
+import TrainUtil
 from comparison.device import cores
 from comparison.report import table
 from comparison.sources import load_cifar
@@ -78,6 +80,13 @@ def test_the_pages_have_the_rows_of_every_stored_study(stored):
         rows = [[f"`{stored.parent.name}`", parameters, accuracy, seconds]]
     for row in rows:
         assert any(f"| {' | '.join(row)} |" in text for page, text in PAGES.items() if page.startswith("results/"))
+
+
+@pytest.mark.parametrize(
+    ("name", "recipe"), [("default", TrainUtil.IMAGES), ("cnn", TrainUtil.IMAGES), ("gpt", TrainUtil.TEXT)]
+)
+def test_the_recipe_is_that_of_the_stored_results(name, recipe):
+    assert Study.read(ROOT / "results" / name).config["recipe"] == json.loads(json.dumps(asdict(recipe)))
 
 
 @pytest.mark.parametrize("command", commands())

@@ -55,7 +55,8 @@ def test_a_model_that_is_added_has_the_numbers_that_it_would_have_had(finished, 
     assert numbers(out)[3] == numbers(tmp_path / "both")[1]
 
 
-OTHERS = "--epochs 2,--batch-size 50,--limit 300,--arch wide,--hold-out 9,--threads 7,--precision bfloat16,--compile"
+OTHERS = "--epochs 2,--batch-size 50,--limit 300,--arch wide,--hold-out 9,--threads 7,--precision bfloat16,--compile,"
+OTHERS += "--accumulate 2,--optimizer sgd"
 
 
 @pytest.mark.parametrize("options", [each.split() for each in OTHERS.split(",")], ids=" ".join)
@@ -75,6 +76,15 @@ def test_a_study_with_another_recipe_is_refused(finished, tmp_path, monkeypatch,
     monkeypatch.setattr(TrainUtil, "IMAGES", replace(TrainUtil.IMAGES, lr=0.5))
     assert Test.main([*SYNTHETIC, "--out", str(out)]) == 2
     assert "recipe.lr 0.01, not 0.5" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["torch", "device_name"])
+def test_a_study_of_another_torch_or_processor_is_refused(name, finished, tmp_path, capsys):
+    study = Study.read(shutil.copytree(finished[1], tmp_path / "out"))
+    study.config[name] = "another"
+    study.write()
+    assert Test.main([*SYNTHETIC, "--out", str(study.out)]) == 2
+    assert f"{name} another, not" in capsys.readouterr().err
 
 
 def test_what_the_others_are_compared_with_must_be_there(finished, tmp_path, capsys):
