@@ -30,7 +30,7 @@ from comparison.monitor import Monitor
 from comparison.networks import ARCHS, TEXT_ARCHS, build
 from comparison.parallel import end_with_parent, helpers, helping
 from comparison.pictures import draw
-from comparison.profile import cnn, gpt, measure, profile_table
+from comparison.profile import made_up, measure, profile_table
 from comparison.report import table
 from comparison.sources import load_cifar, load_enwik8
 from comparison.study import Study, check_against, configuration
@@ -59,14 +59,13 @@ examples:
   python Test.py --models residual --epochs 15          longer training, higher accuracy (results/README.md)
   python Test.py --dataset enwik8                       a GPT on bytes of Wikipedia
   python Test.py --dataset synthetic --epochs 2         no download, done in a minute
-  python Test.py --profile                              time and memory of every residual connection
+  python Test.py --profile --arch gpt                   time and memory of every residual connection
 """
 
-NEEDED = {"lr": "optimizer", "seconds": "profile", "network": "profile", "gpt": "profile"}
-# The options of --profile, by --network
-SHARED = ("models", "device", "precision", "compile", "threads", "out", "seconds", "network")
-PROFILED = {"cnn": (*SHARED, "arch", "batch_size", "image_size"), "gpt": (*SHARED, "gpt")}
-PROFILED["both"] = PROFILED["cnn"] + PROFILED["gpt"]
+REQUIRED = {"lr": "optimizer", "seconds": "profile"}
+# What goes with the options that do something else than train
+ALLOWED = {"draw": ("against",), "profile": ("models", "arch", "batch_size", "image_size", "device", "precision")}
+ALLOWED["profile"] += ("compile", "threads", "out", "seconds")
 
 
 class Parser(argparse.ArgumentParser):
@@ -129,7 +128,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--models", nargs="+", type=Model.parse, metavar="MODEL", help="(default: residual rw lr pa; --profile: all)")
     add("--arch", choices=ARCHS, help="medium trains longer, wide is for a GPU (default: small, or gpt for text)")
-    add("--epochs", type=count, metavar="N", help=f"(default: {image.epochs}, or {text.epochs} for text)")
+    add("--epochs", type=count, default=image.epochs, metavar="N", help=f"(default: {image.epochs})")
     add("--batch-size", type=count, metavar="N", help=f"(default: {image.batch_size}, or {text.batch_size} for text)")
     one = "everything in one optimiser with --lr, in place of the recipe's Muon and AdamW; see rate= below"
     add("--optimizer", choices=("adamw", "sgd"), help=one)
@@ -152,24 +151,20 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--limit", type=count, metavar="N", help="the first N training images or sequences only, for a quick try")
     hold_out = "to choose a recipe by: test on the last N training images, or N sequences of enwik8's validation part"
     add("--hold-out", type=count, metavar="N", help=hold_out)
-    add("--profile", action="store_true", help="measure what each residual connection costs, in place of training")
-    add("--seconds", type=count, default=60, metavar="N", help="--profile: at least so long on training (default: 60)")
-    add("--network", choices=("both", "cnn", "gpt"), default="both", help="--profile: (default: both)")
-    shape = ("DIM", "LAYERS", "LENGTH", "BATCH")
-    add("--gpt", type=count, nargs=4, default=[768, 4, 256, 4], metavar=shape, help="--profile: (default: 768 4 256 4)")
-    add("--out", type=path, metavar="DIR", help="where results go; resumes a study (default: runs/ and time)")
+    add("--profile", action="store_true", help="measure what each residual connection costs instead of training")
+    add("--seconds", type=count, default=60, metavar="N", help="--profile: at least so long on steps (default: 60)")
+    add("--out", type=path, metavar="DIR", help="where results go; resumes a study (default: runs/DATE-TIME)")
     add("--against", metavar="MODEL", help="what the others are compared with (default: the study's, or residual)")
     again = "show the tables and draw the pictures of earlier studies, from their files alone, and end"
     add("--draw", type=path, nargs="+", metavar="DIR", help=again)
     options = parser.parse_args(argv)
     given = [name for name, value in vars(options).items() if value != parser.get_default(name)]
     for name in given:
-        for mode, allowed in (("draw", ("against",)), ("profile", PROFILED[options.network])):
+        for mode, allowed in ALLOWED.items():
             if mode in given and name not in (mode, *allowed):
-                one = f" --network {options.network}" * (mode == "profile" and "network" in given)
-                parser.error(f"--{name.replace('_', '-')} has no effect with --{mode}{one}")
-        if name in NEEDED and NEEDED[name] not in given:
-            parser.error(f"--{name} goes with --{NEEDED[name]}")
+                parser.error(f"--{name.replace('_', '-')} is ignored with --{mode}")
+        if name in REQUIRED and REQUIRED[name] not in given:
+            parser.error(f"--{name} goes with --{REQUIRED[name]}")
     if options.draw:
         return options
     models = options.models or [Model.parse(name) for name in (MODELS if options.profile else MODELS[:4])]
@@ -197,15 +192,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     options.arch = options.arch or ("gpt" if options.dataset == "enwik8" else "small")
     text_arch = options.arch in TEXT_ARCHS
     options.dataset = options.dataset or ("enwik8" if text_arch else "cifar10")
-    if options.profile and text_arch:
-        parser.error("--profile measures the GPT that --gpt describes; --arch is its CNN")
     if options.dataset != "synthetic" and text_arch != (options.dataset == "enwik8"):
         allowed = [arch for arch in ARCHS if (arch in TEXT_ARCHS) != text_arch]
         parser.error(f"--dataset {options.dataset} goes with --arch {', '.join(allowed)}, not with {options.arch}")
     if options.optimizer:
         options.lr = options.lr or {"adamw": 0.001, "sgd": 0.1}[options.optimizer]
     recipe = text if text_arch else image
-    options.epochs, options.batch_size = options.epochs or recipe.epochs, options.batch_size or recipe.batch_size
+    options.batch_size = options.batch_size or recipe.batch_size
     options.out = options.out or Path("runs") / time.strftime("%Y-%m-%d-%H%M%S")
     # Another number of threads adds up in another order: numbers are the same to the bit only for the same --threads.
     threads = cores() // here if here > 1 else torch.get_num_threads()  # torchrun would have one thread in each
@@ -215,11 +208,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if options.dataset == "imagefolder":
         options.image_size = options.image_size or 224
         options.workers = options.workers or max(1, cores() // (here * options.parallel))
-    elif options.workers or (options.image_size and not options.profile):
+    elif options.workers or (options.image_size and (text_arch or not options.profile)):
         name = "--workers" if options.workers else "--image-size"
         parser.error(f"{name} goes with --dataset imagefolder")
-    if options.gpt[0] % 64:
-        parser.error(f"--gpt {options.gpt[0]} …: the width must be a multiple of 64, the channels of a head")
     return options
 
 
@@ -424,22 +415,15 @@ def profile(options: argparse.Namespace) -> int:
         raise UserError(f"--out {options.out} holds another profile; name a new folder")
     options.out.mkdir(parents=True, exist_ok=True)
     keep_memory()
-    config, found = configuration(vars(options)), {}
-    networks = {
-        "cnn": lambda: cnn(options.models, options.arch, options.batch_size, options.image_size),
-        "gpt": lambda: gpt(options.models, *options.gpt),
-    }
-    try:
-        for name in networks if options.network == "both" else [options.network]:
-            with compiler_errors(), memory_errors("try a smaller --batch-size, --image-size, --gpt or rank"):
-                network = networks[name]()
-                how = {"precision": options.precision, "compile": options.compile, "seconds": options.seconds}
-                found[network.name] = measure(network, options.device, **how)
-            write_json(path, {"config": config, "networks": found})
-            print_table(**profile_table(config, network.name, found[network.name]))
-    finally:
-        if found:
-            say(path)
+    config = configuration(vars(options))
+    with compiler_errors(), memory_errors("try a smaller --batch-size, --image-size or rank, or fewer --models"):
+        data = made_up(options.arch in TEXT_ARCHS, options.batch_size, options.image_size)
+        models = {model.name: build(options.arch, model, 0, data) for model in options.models}
+        how = {"precision": options.precision, "compile": options.compile, "seconds": options.seconds}
+        costs = measure(models, data, options.device, **how)
+    write_json(path, {"config": config, "costs": costs})
+    print_table(**profile_table(config, costs))
+    say(path)
     return 0
 
 

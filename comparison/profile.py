@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,65 +12,37 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.flop_counter import FlopCounterMode
 
+from comparison.console import UserError
 from comparison.data import synthetic
 from comparison.device import Stopwatch, autocast, compiled, synchronize, turned
-from comparison.models import Model
-from comparison.networks import build
-from comparison.transformers import GPT
-
-# Table 5 of the paper as ratios to its baseline of 24 layers: step time, peak memory
-PAPER = {
-    "residual": (1.000, 1.000),
-    "rw": (1.000, 1.024),
-    "lr": (1.032, 1.055),
-    "pa:rank=none": (1.053, 1.077),
-    "rw+lr": (1.042, 1.079),
-    "rw+lr+pa": (1.095, 1.107),
-}
+from comparison.folder import Data
+from comparison.text import synthetic_text
 
 
-class Measured(NamedTuple):
-    """A network whose residual connections are compared; example(n) gives n inputs and their labels."""
+def made_up(text: bool, batch: int, image_size: int | None) -> Data:
+    """Made-up bytes or images, as many as a batch has.
 
-    name: str
-    models: dict[str, nn.Module]
-    example: Callable[[int], tuple[Tensor, Tensor]]
-    batch: int
-
-
-def cnn(models: list[Model], arch: str, batch: int, image_size: int | None) -> Measured:
-    data = synthetic()
+    Raises:
+        UserError: there are not so many.
+    """
+    data = synthetic_text() if text else synthetic()
+    if batch > data.train_size:
+        raise UserError(f"--profile has {data.train_size} {data.examples}, fewer than --batch-size {batch}")
+    data = data.limit(batch)
     if image_size:
-        images = F.interpolate(data.sample(256).permute(0, 3, 1, 2).float(), image_size)
-        data = replace(data.limit(256), train_images=images.to(torch.uint8).permute(0, 2, 3, 1))
-
-    def example(n: int) -> tuple[Tensor, Tensor]:
-        i = torch.arange(n) % data.train_size
-        return data.normalize(data.train_images[i]), i % data.classes
-
-    kind = "ViT" if arch == "vit" else f"{arch} CNN"
-    name = f"{kind}, {data.size}×{data.size} pixels, batch {batch}"
-    built = {model.name: build(arch, model, 0, data) for model in models}
-    return Measured(name, built, example, batch)
+        images = F.interpolate(data.train_images.permute(0, 3, 1, 2).float(), image_size)
+        data = replace(data, train_images=images.to(torch.uint8).permute(0, 2, 3, 1))
+    return data
 
 
-def gpt(models: list[Model], dim: int, layers: int, length: int, batch: int) -> Measured:
-    def example(n: int) -> tuple[Tensor, Tensor]:
-        tokens = torch.randint(GPT.vocabulary, (n, length), generator=torch.Generator().manual_seed(0))
-        return tokens, tokens.roll(-1, dims=1)
-
-    name = f"GPT, D = {dim}, {layers} layers, length {length}, batch {batch}"
-    built = {model.name: GPT(model, 0, dim=dim, layers=layers) for model in models}
-    return Measured(name, built, example, batch)
-
-
-def measure(measured: Measured, device: torch.device, precision: str, compile: bool, seconds: float) -> list[dict]:
+def measure(
+    models: Mapping[str, nn.Module], data: Data, device: torch.device, precision: str, compile: bool, seconds: float
+) -> list[dict]:
     """Returns an entry a model: parameters, FLOPs, bytes, and the seconds of every call in rounds of all models."""
-    models, example = measured.models, measured.example
     for model in models.values():
         model.train().to(device, memory_format=torch.channels_last)
     called = compiled(models) if compile else models
-    x, y = (tensor.to(device) for tensor in example(measured.batch))
+    x, y = next(data.to(device).batches(seed=0, epoch=0, batch_size=data.train_size))
 
     def loss(model: nn.Module) -> Tensor:
         with autocast(device, precision):
@@ -101,20 +72,18 @@ def measure(measured: Measured, device: torch.device, precision: str, compile: b
     times = {"step_seconds": interleave(steps, seconds, device)}
     for model in models.values():
         model.eval()
-    for n in (1, 128):
-        x_n = example(n)[0].to(device)
-        calls = {name: partial(infer, model, x_n) for name, model in called.items()}
-        times[f"inference_{n}_seconds"] = interleave(calls, seconds / 4, device)
+    for name, inputs in (("inference_1_seconds", x[:1]), ("inference_seconds", x)):
+        calls = {model: partial(infer, called[model], inputs) for model in called}
+        times[name] = interleave(calls, seconds / 4, device)
     return [{**entry, **{name: each[entry["model"]] for name, each in times.items()}} for entry in costs]
 
 
-def profile_table(config: dict, network: str, costs: list[dict]) -> dict:
+def profile_table(config: dict, costs: list[dict]) -> dict:
     """The arguments of console.print_table."""
     base = costs[0]
     how = f"{config['precision']}, compiled" if config["compile"] else config["precision"]
-    columns = ["model", "parameters", "FLOPs", "training step", "inference, batch 1", "inference, batch 128"]
+    columns = ["model", "parameters", "FLOPs", "forward and backward", "inference", "inference, batch 1"]
     columns += ["saved for backward"] + ["peak memory"] * (base["peak_bytes"] is not None)
-    columns += ["paper: time", "paper: memory"] * network.startswith("GPT")
     rows = []
 
     def times(entry: dict, name: str) -> str:
@@ -131,16 +100,16 @@ def profile_table(config: dict, network: str, costs: list[dict]) -> dict:
             entry["model"],
             f"{entry['parameters']:,}",
             amount(entry, "flops", "GFLOP", 1e9),
-            *(times(entry, name) for name in ("step_seconds", "inference_1_seconds", "inference_128_seconds")),
+            *(times(entry, name) for name in ("step_seconds", "inference_seconds", "inference_1_seconds")),
             amount(entry, "saved_bytes", "MB", 1e6),
         ]
         if base["peak_bytes"] is not None:
             row.append(amount(entry, "peak_bytes", "MB", 1e6))
-        if network.startswith("GPT"):
-            row += [f"{ratio:.3f}" for ratio in PAPER.get(entry["model"], ())] or ["–", "–"]
         rows.append(row)
     notes = "Times: medians of the ratios to residual within a round of calls, and their quartiles."
-    return {"title": f"{network}; {config['device_name']}, {how}", "columns": columns, "rows": rows, "notes": notes}
+    size = f" of {config['image_size']}×{config['image_size']} pixels" if config["image_size"] else ""
+    title = f"{config['arch']}, batch {config['batch_size']}{size}; {config['device_name']}, {how}"
+    return {"title": title, "columns": columns, "rows": rows, "notes": notes}
 
 
 def interleave(functions: Mapping[str, Callable[[], object]], seconds: float, device: torch.device) -> dict:

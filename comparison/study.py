@@ -20,7 +20,7 @@ from comparison.files import atomic_write, remove_partial, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 # What may change from command to command: which runs a study has, and what no number depends on.
-FREE = ("models", "seeds", "against", "parallel", "workers", "data_dir", "out", "draw", "seconds", "network", "gpt")
+FREE = ("models", "seeds", "against", "parallel", "workers", "data_dir", "out", "draw", "seconds")
 FREE += ("device", "python", "torchvision", "git_commit")
 NOT_OPTIONS = ("data", "training_images", "test_images", "training_bytes", "test_bytes")  # all else is
 NOT_OPTIONS += ("processes", "device_name", "torch")

@@ -8,53 +8,30 @@ import torch
 from torch import nn
 
 import Test
-from comparison.models import MODELS
 from comparison.profile import flops, interleave, profile_table, saved_bytes
 
 
-@pytest.mark.parametrize(("network", "option"), [("gpt", "--arch wide"), ("cnn", "--gpt 64 1 8 1")])
-def test_options_of_the_other_network_are_refused(network, option, capsys):
-    with pytest.raises(SystemExit):
-        Test.parse(["--profile", "--network", network, *option.split()])
-    assert f"{option.split()[0]} has no effect with --profile --network {network}" in capsys.readouterr().err
-
-
-def test_profile_measures_every_model_in_the_same_rounds(tmp_path, capsys):
-    small = ["--seconds", "1", "--gpt", "64", "2", "16", "2", "--batch-size", "8", "--precision", "float32"]
-    assert Test.main(["--profile", *small, "--models", "rw", "pa/2", "--out", str(tmp_path)]) == 0
-    out, printed = tmp_path, capsys.readouterr().out
-    networks = json.loads((out / "profile.json").read_text())["networks"]
-    cnn, gpt = networks.values()
-    assert [entry["model"] for entry in cnn] == ["residual", "rw", "pa/2"]
-    assert [entry["model"] for entry in gpt] == ["residual", "rw", "pa/2"]
-    for costs in networks.values():
-        for name in ("step_seconds", "inference_1_seconds", "inference_128_seconds"):
-            rounds = {len(entry[name]) for entry in costs}
-            assert len(rounds) == 1
-            assert rounds.pop() >= 3
-        for entry in costs:
-            assert entry["peak_bytes"] is None
-            assert f"{entry['parameters']:,}" in printed
-            assert entry["flops"] >= costs[0]["flops"]
-    assert gpt[1]["saved_bytes"] > 1.05 * gpt[0]["saved_bytes"]
-
-
-@pytest.mark.parametrize(("chosen", "measured"), [("both", ["small CNN", "GPT"]), ("gpt", ["GPT"])])
-def test_profile_measures_the_networks_that_are_asked_for(chosen, measured, tmp_path, monkeypatch):
-    asked = {}
-    monkeypatch.setattr(Test, "measure", lambda network, device, **how: asked.update({network.name: network.models}))
-    monkeypatch.setattr(Test, "profile_table", lambda *_: {"title": "", "columns": ["model"], "rows": [], "notes": ""})
-    options = ["--profile", "--network", chosen, "--gpt", "64", "1", "8", "2", "--out", str(tmp_path)]
+@pytest.mark.parametrize("arch", ["small", "gpt6"])
+def test_profile_measures_every_model_in_the_same_rounds(arch, tmp_path, capsys):
+    options = ["--profile", "--arch", arch, "--seconds", "1", "--batch-size", "2", "--precision", "float32"]
+    options += ["--models", "rw", "pa/2", "--out", str(tmp_path)]
     assert Test.main(options) == 0
-    assert [name.split(",")[0] for name in asked] == measured
-    for models in asked.values():
-        assert list(models) == list(MODELS)
+    printed, costs = capsys.readouterr().out, json.loads((tmp_path / "profile.json").read_text())["costs"]
+    assert [entry["model"] for entry in costs] == ["residual", "rw", "pa/2"]
+    for name in ("step_seconds", "inference_seconds", "inference_1_seconds"):
+        (rounds,) = {len(entry[name]) for entry in costs}
+        assert rounds >= 3
+    for entry in costs:
+        assert entry["peak_bytes"] is None
+        assert f"{entry['parameters']:,}" in printed
+        assert entry["flops"] >= costs[0]["flops"]
+    assert costs[1]["saved_bytes"] > 1.05 * costs[0]["saved_bytes"]
     assert Test.main(options) == 2  # a profile is not overwritten
 
 
 @pytest.mark.parametrize("options", [["--image-size", "2"], ["--image-size", "2", "--arch", "vit"]], ids=" ".join)
 def test_images_that_are_too_small_are_refused(options, tmp_path, capsys):
-    assert Test.main(["--profile", "--network", "cnn", *options, "--out", str(tmp_path)]) == 2
+    assert Test.main(["--profile", *options, "--out", str(tmp_path)]) == 2
     assert "2×2 pixels are too small" in capsys.readouterr().err
 
 
@@ -73,22 +50,22 @@ def test_what_is_saved_is_freed_once_it_is_counted():
     assert [tensor() for tensor in intermediate] == [None, None]
 
 
-def test_a_width_that_is_no_whole_number_of_heads_is_refused(capsys):
-    with pytest.raises(SystemExit):
-        Test.parse(["--profile", "--gpt", "100", "4", "256", "4"])
-    assert "--gpt 100 …: the width must be a multiple of 64" in capsys.readouterr().err
+def test_a_batch_that_is_larger_than_what_is_made_up_is_refused(tmp_path, capsys):
+    assert Test.main(["--profile", "--batch-size", "5001", "--out", str(tmp_path)]) == 2
+    assert "5000 images, fewer than --batch-size 5001" in capsys.readouterr().err
 
 
 def test_profile_shows_medians_of_ratios_within_a_round():
     base = {"model": "residual", "parameters": 9, "flops": 2e9, "saved_bytes": 4e6, "peak_bytes": None}
     other = {**base, "model": "rw", "parameters": 10, "flops": 3e9, "saved_bytes": 5e6}
-    for name in ("step_seconds", "inference_1_seconds", "inference_128_seconds"):
+    for name in ("step_seconds", "inference_seconds", "inference_1_seconds"):
         base[name], other[name] = [1.0, 2.0, 4.0, 8.0, 16.0], [1.1, 2.4, 5.2, 11.2, 24.0]  # a machine that slows down
-    table = profile_table({"device_name": "", "precision": "", "compile": False}, "GPT", [base, other])
+    config = {"arch": "gpt", "batch_size": 8, "image_size": None, "device_name": "", "precision": "", "compile": False}
+    table = profile_table(config, [base, other])
     rows = table["rows"]
     assert rows[0][1:5] == ["9", "2 GFLOP", "4000 ms", "4000 ms"]
     assert rows[1][1:4] == ["10", "1.5000", "1.300 (1.150–1.450)"]
-    assert rows[1][6:] == ["1.2500", "1.000", "1.024"]  # and what table 5 has
+    assert rows[1][6:] == ["1.2500"]
 
 
 def test_interleaving_lets_every_function_begin_a_round():
