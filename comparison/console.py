@@ -1,6 +1,5 @@
 """What the user sees while the script runs: messages, tables, the live line."""
 
-import codecs
 import os
 import sys
 from collections.abc import Sequence
@@ -12,34 +11,16 @@ from rich.progress import Progress, ProgressColumn
 from rich.table import Table
 from rich.text import Text
 
-# For the encodings that lack them
-SPELLED = {
-    "α": "alpha",
-    "β": "beta",
-    "γ": "gamma",
-    "Σ": "sum",
-    "§": "section ",
-    "·": "*",
-    "±": "+/-",
-    "–": "-",
-    "×": "x",
-    "…": "...",
-}
-
 
 class UserError(Exception):
-    """What the user must hear: what is wrong, which value, what is allowed. The script ends with `code`."""
+    """An error that is printed without a traceback: what is wrong, which value, what is allowed.
+
+    The script ends with `code`.
+    """
 
     def __init__(self, message: str, code: int = 2) -> None:
         super().__init__(message)
         self.code = code
-
-
-def spell(error: UnicodeEncodeError) -> tuple[str, int]:
-    return "".join(SPELLED.get(character, "?") for character in error.object[error.start : error.end]), error.end
-
-
-codecs.register_error("spell", spell)
 
 
 def set_up_output(quiet: bool) -> None:
@@ -50,7 +31,7 @@ def set_up_output(quiet: bool) -> None:
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="spell")
+            stream.reconfigure(errors="replace")
     terminal = sys.stdout.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
     rich.reconfigure(force_terminal=terminal, width=None if terminal else 1000, quiet=quiet)
 
