@@ -1,7 +1,6 @@
 """The pictures of a study."""
 
 import math
-import os
 import statistics
 import textwrap
 from itertools import accumulate
@@ -66,7 +65,6 @@ def wrapped(text: str, figure: "Figure") -> str:
 
 def subplots(columns: int, width: float, height: float = 4.5, rows: int = 0) -> tuple:
     """A figure and its panels side by side, high enough for a legend or labels of so many rows."""
-    os.environ.pop("MPLBACKEND", None)  # a notebook's, which may not be installed here
     from matplotlib.figure import Figure  # here, as it takes a second to import
 
     figure = Figure(figsize=(width, max(height, 1 + 0.2 * rows)), layout="constrained")
