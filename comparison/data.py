@@ -14,15 +14,6 @@ from torch import Tensor
 
 from comparison.distributed import shard
 
-# SHA-256 of CIFAR-10's decoded uint8 arrays in C order, whatever they were decoded from.
-SHA256 = {
-    "train_images": "47af8b02cfcfb6cdf3dbbd1969ad7f1b70f4413f6f80f437b020ee4e5bc8304a",
-    "train_labels": "2b7cd2f24487317614016b72ffd53071c3062f592f0eb300c18a770d41ae1253",
-    "test_images": "f9b1e2130bab680db56eb06d886f7f1ad0f1183907ceff4659d1735c890f5b04",
-    "test_labels": "cec8a24a1e92aa2ecaa0bbd3dbfa86bf6cd8759fbd209a832824c8cf0afca9d5",
-}
-
-
 # Mean and standard deviation of the channels of the training images
 STATISTICS = {
     "CIFAR-10": ((125.3, 123.0, 113.9), (63.0, 62.1, 66.7)),
@@ -65,7 +56,8 @@ class Dataset:
         return len(self.test_labels)
 
     def to(self, device: torch.device) -> "Dataset":
-        return replace(self, **{name: getattr(self, name).to(device) for name in SHA256})
+        tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **tensors)
 
     def limit(self, n: int) -> "Dataset":
         """The first n training images, and the whole test set."""
@@ -162,7 +154,7 @@ def shift(images: Tensor, dy: Tensor, dx: Tensor, flip: Tensor | None = None) ->
 
 @cache
 def channel_statistics(name: str, device: torch.device) -> Tensor:
-    """STATISTICS[name], (2, 3); once a device, as it synchronizes with a GPU."""
+    """STATISTICS[name], (2, 3); cached for each device, as making it synchronizes with a GPU."""
     return torch.tensor(STATISTICS[name], device=device)
 
 

