@@ -217,7 +217,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 0, 1 where a run failed, 2 where the options or the data are wrong, 130 after Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
-    set_up_output(quiet=helping() or not first_process())
+    set_up_output(quiet=not first_process())
     options = parse(argv)
     try:
         if options.draw:

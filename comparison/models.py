@@ -130,16 +130,23 @@ def argument(text: str) -> tuple[str, object]:
 
 
 class Stage(nn.Module):
-    """Residual layers of one shape, which `down` brings its input to; the last arguments are Model.residual's."""
+    """Residual layers of one shape, which `down` brings its input to."""
 
     def __init__(
-        self, down: nn.Module, branches: list[nn.Sequential], width: int, model: Model, seed: int, **options: int
+        self,
+        down: nn.Module,
+        branches: list[nn.Sequential],
+        width: int,
+        model: Model,
+        seed: int,
+        channel_dim: int = 1,
+        rank: int = 16,
     ) -> None:
         super().__init__()
         self.down, self.branches, self.residuals = down, nn.ModuleList(branches), nn.ModuleList()
         for i in range(len(branches)):
             with seeded(seed + i):
-                self.residuals.append(model.residual(width, available=i + 1, **{"channel_dim": 1, **options}))
+                self.residuals.append(model.residual(width, available=i + 1, channel_dim=channel_dim, rank=rank))
 
     def deepen(self, *branches: nn.Sequential) -> None:
         """Adds residual layers that start with f(x) = 0."""
