@@ -27,9 +27,10 @@ NOT_OPTIONS += ("processes", "device_name", "torch")
 # What the table and the pictures need of results.json
 NUMBER, NONE = (int, float), type(None)
 CONFIG_FIELDS = {"data": str, "epochs": int, "seeds": list, "models": list, "device_name": str}
-CONFIG_FIELDS |= {"precision": str, "compile": bool}
-RUN_FIELDS = {"model": str, "seed": int, "parameters": int, "test_accuracy": (*NUMBER, NONE), "train_seconds": NUMBER}
-RUN_FIELDS |= {"compile_seconds": NUMBER, "learned": dict, "history": list}
+CONFIG_FIELDS |= {"precision": str, "compile": bool, "against": str, "processes": int}
+RUN_FIELDS = {"model": str, "seed": int, "parameters": int, "train_seconds": NUMBER, "compile_seconds": NUMBER}
+RUN_FIELDS |= dict.fromkeys(("test_loss", "test_accuracy", "bits_per_byte", "step_ratio"), (*NUMBER, NONE))
+RUN_FIELDS |= {"step_ratio_quartiles": (list, NONE), "diverged": (int, NONE), "learned": dict, "history": list}
 EPOCH_FIELDS = {"seconds": NUMBER, "test_accuracy": (*NUMBER, NONE)}
 NOT_IN_CSV = ("learned", "history", "step_ratio_quartiles")
 
@@ -76,15 +77,6 @@ def check_against(against: str | None, models: Iterable[str]) -> None:
         raise UserError(f"--against {against} must be one of the models: {', '.join(models)}")
 
 
-def complete(config: dict, runs: list[dict]) -> tuple[dict, list[dict]]:
-    """What results.json holds, with what it lacked before losses and ratios were recorded."""
-    config = {"against": "residual", "accumulate": 1, "processes": 1, **config}
-    if isinstance(config.get("seeds"), int):
-        config["seeds"] = list(range(config["seeds"]))
-    added = ("test_loss", "bits_per_byte", "diverged", "step_ratio", "step_ratio_quartiles")
-    return config, [run | {name: run.get(name) for name in added} if isinstance(run, dict) else run for run in runs]
-
-
 class Study:
     """A folder with results.json, results.csv and, while it is worked on, checkpoints.
 
@@ -113,7 +105,7 @@ class Study:
         except (OSError, ValueError) as error:
             raise UserError(f"{path} can't be read as the results of a study: {error!r}") from None
         check_fields(str(path), content, {"config": dict, "runs": list})
-        config, runs = complete(content["config"], content["runs"])
+        config, runs = content["config"], content["runs"]
         size = "training_bytes" if "training_bytes" in config else "training_images"
         check_fields(f"{path}: config", config, {size: int, **CONFIG_FIELDS})
         for i, run in enumerate(runs, 1):
