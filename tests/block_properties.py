@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-import warnings
 from functools import partial
 from pathlib import Path
 
@@ -392,15 +391,6 @@ class BlockProperties:
             return self.functional(block, params, [x * fx.sum() for x in xs], fx).square().sum()
 
         torch.testing.assert_close(torch.func.hessian(loss)(fx), torch.func.jacrev(torch.func.jacrev(loss))(fx))
-
-    def test_is_traced(self, path):
-        block = randomize(self.make(path))
-        xs, fx = self.inputs((4, D))
-        args = (xs if self.takes_history else xs[-1], fx)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that it is deprecated, and that shapes become constants
-            traced = torch.jit.trace(block, args)
-        torch.testing.assert_close(traced(*args), block(*args))
 
     # What its user sees
 

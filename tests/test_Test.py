@@ -88,16 +88,6 @@ def test_the_table_is_that_of_the_results(finished):
         assert str(out / name) in said.replace("\n", "")
 
 
-def test_the_same_command_gives_the_same_numbers(finished, tmp_path):
-    out = tmp_path / "again"
-    assert Test.main([*SYNTHETIC, "--models", "rw", "--out", str(out)]) == 0
-    (again,) = json.loads((out / "results.json").read_text())["runs"]
-    before = json.loads((finished[1] / "results.json").read_text())["runs"][1]
-    assert again["test_accuracy"] == before["test_accuracy"]
-    assert again["history"][0]["train_loss"] == before["history"][0]["train_loss"]
-    assert again["learned"] == before["learned"]
-
-
 def test_a_study_of_text_has_bits_per_byte_in_place_of_accuracy(tmp_path, capsys, pictures):
     options = ["--dataset", "synthetic", "--arch", "gpt6", "--limit", "16", "--hold-out", "16", "--epochs", "1"]
     options += ["--seeds", "2"]
