@@ -55,7 +55,7 @@ models: {", ".join(MODELS)}
 examples:
   python Test.py                                        residual, rw, lr and pa, three seeds
   python Test.py --models residual rw+lr deeper --seeds 10 --out runs/study    again: resumes it where it was stopped
-  python Test.py --draw runs/study                      its table and pictures, from its files alone
+  python Test.py --draw runs/study                      its table and pictures, only from its files
   python Test.py --models residual --epochs 15          longer training, higher accuracy (results/README.md)
   python Test.py --dataset enwik8                       a GPT on bytes of Wikipedia
   python Test.py --dataset synthetic --epochs 2         no download, done in a minute
@@ -155,7 +155,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--seconds", type=count, default=60, metavar="N", help="--profile: at least so long on steps (default: 60)")
     add("--out", type=path, metavar="DIR", help="where results go; resumes a study (default: runs/DATE-TIME)")
     add("--against", metavar="MODEL", help="what the others are compared with (default: the study's, or residual)")
-    again = "show the tables and draw the pictures of earlier studies, from their files alone, and end"
+    again = "show the tables and draw the pictures of earlier studies, only from their files, and end"
     add("--draw", type=path, nargs="+", metavar="DIR", help=again)
     options = parser.parse_args(argv)
     given = [name for name, value in vars(options).items() if value != parser.get_default(name)]
@@ -251,9 +251,9 @@ def load_data(options: argparse.Namespace) -> Data:
             data = load_folder(options.data_dir, options.image_size, options.workers)
         case cifar:
             data = load_cifar(CIFAR100 if cifar == "cifar100" else CIFAR10, options.data_dir)
-    if options.hold_out and options.hold_out >= data.to_hold_out:
+    if options.hold_out and options.hold_out >= data.hold_out_size:
         part = "validation" if isinstance(data, Text) else "training"
-        n = f"{data.to_hold_out} {part} {data.examples}"
+        n = f"{data.hold_out_size} {part} {data.examples}"
         raise UserError(f"--hold-out must be below the {n}, got {options.hold_out}")
     data = data.hold_out(options.hold_out) if options.hold_out else data
     return data.limit(options.limit) if options.limit else data

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from comparison.connections import X0, DenseFormer, LayerScale, ReZero
 from comparison.console import UserError
 from comparison.data import Dataset, resize, whole_batches
-from comparison.device import Stopwatch, autocast, compiled, compiler_errors, out_of_memory, turned
+from comparison.device import Stopwatch, autocast, compile_all, compiler_errors, out_of_memory, rotated
 from comparison.distributed import all_reduce_sum, broadcast, processes, synchronize_batch_norm
 from comparison.files import atomic_write
 from comparison.folder import Data
@@ -71,7 +71,7 @@ class Recipe:
         return next(size for size, until in self.sizes if part < until)
 
     def work(self, part: float) -> float:
-        """What the first part of the steps costs, as part of what all cost, 0 to 1: about their part of the pixels."""
+        """The fraction of a run's cost that is in this fraction of its steps: about that of its pixels."""
         seen, all_, begin = 0.0, 0.0, 0.0
         for size, until in self.sizes:
             seen += size**2 * max(0.0, min(part, until) - begin)
@@ -153,13 +153,13 @@ def check_batch(model: nn.Module, batch: int, accumulate: int) -> None:
         )
 
 
-class Trainee:
-    """A model with all of it that changes during training: random numbers depend only on seed and epoch."""
+class TrainState:
+    """A model with its optimisers, learning rates and history: all that changes during training."""
 
-    def __init__(self, model: nn.Module, call: nn.Module, recipe: Recipe, steps: int, precision: str) -> None:
-        """Takes the model, and what is called in its place: the compiled model, or itself."""
-        self.model, self.call, self.recipe, self.precision = model, call, recipe, precision
-        self.network = nn.parallel.DistributedDataParallel(call) if processes()[1] > 1 else call
+    def __init__(self, model: nn.Module, compiled: nn.Module, recipe: Recipe, steps: int, precision: str) -> None:
+        """Takes the model, and the compiled one, or the model again."""
+        self.model, self.compiled, self.recipe, self.precision = model, compiled, recipe, precision
+        self.distributed = nn.parallel.DistributedDataParallel(compiled) if processes()[1] > 1 else compiled
         self.optimizers = optimizers(model, recipe, precision)
 
         def schedule(step: int) -> float:
@@ -178,9 +178,9 @@ class Trainee:
         world, total = processes()[1], torch.zeros((), device=x.device)
         for i, (part, labels) in enumerate(zip(x.tensor_split(accumulate), y.tensor_split(accumulate))):
             local = world > 1 and i < accumulate - 1  # gradients are averaged once a batch
-            with self.network.no_sync() if local else contextlib.nullcontext():
+            with self.distributed.no_sync() if local else contextlib.nullcontext():
                 with autocast(x.device, self.precision):
-                    logits = self.network(part)
+                    logits = self.distributed(part)
                 smoothed = cross_entropy(logits, labels, label_smoothing=self.recipe.label_smoothing)
                 (smoothed * (len(labels) * world / batch)).backward()  # the part's weight in the mean over the batch
             total += cross_entropy(logits.detach(), labels) * (len(labels) / batch)
@@ -269,59 +269,59 @@ def train(
             synchronize_batch_norm(model)
     calls, compile_seconds = models, dict.fromkeys(models, 0.0)
     if compile:
-        calls = compiled(models, accumulate)
+        calls = compile_all(models, accumulate)
         for name, model in models.items():
             compile_seconds[name] = warm_up(model, calls[name], data, recipe, precision, accumulate, test_batch)
     steps_per_epoch = whole_batches(n, recipe.batch_size)
     steps = recipe.epochs * steps_per_epoch
-    trainees = {
-        name: Trainee(model, calls[name], replace(recipe, **own.get(name, {})), steps, precision)
+    states = {
+        name: TrainState(model, calls[name], replace(recipe, **own.get(name, {})), steps, precision)
         for name, model in models.items()
     }
-    restore(checkpoint, trainees)
-    histories = {name: trainee.history for name, trainee in trainees.items()}
+    restore(checkpoint, states)
+    histories = {name: state.history for name, state in states.items()}
 
     for epoch in range(max(map(len, histories.values())), recipe.epochs):
-        training = {name: trainee for name, trainee in trainees.items() if not trainee.diverged}
+        training = {name: state for name, state in states.items() if not state.diverged}
         if not training:
             break
-        for trainee in training.values():
-            trainee.model.train()
+        for state in training.values():
+            state.model.train()
         begin, watches = time.perf_counter(), {name: Stopwatch(device) for name in training}
         losses = {name: [] for name in training}
         for step, (x, y) in enumerate(data.batches(seed, epoch, recipe.batch_size, recipe.max_shift)):
             done = (epoch + step / steps_per_epoch) / recipe.epochs
             x = resize(x, recipe.size(done))
-            for name in turned(training, step):
+            for name in rotated(training, step):
                 with watches[name]:
                     losses[name].append(training[name].step(x, y, batch, accumulate))
             speed = (step + 1) * batch * data.units * len(training) / (time.perf_counter() - begin)
             report(recipe.work(done + 1 / steps), speed, histories)
-        tested = evaluate({name: trainee.call for name, trainee in training.items()}, data, precision, test_batch)
-        for name, trainee in training.items():
+        tested = evaluate({name: state.compiled for name, state in training.items()}, data, precision, test_batch)
+        for name, state in training.items():
             loss = all_reduce_sum(torch.stack(losses[name]).mean()).item()
-            trainee.end_epoch(loss, tested[name], watches[name].seconds())
+            state.end_epoch(loss, tested[name], watches[name].seconds())
         try:
             if checkpoint:
-                save(checkpoint, trainees)
+                save(checkpoint, states)
         finally:
             report(recipe.work((epoch + 1) / recipe.epochs), speed, histories)
-    base = trainees["residual"].seconds if "residual" in trainees else []
+    base = states["residual"].seconds if "residual" in states else []
     return {
         name: {
-            "epochs": len(trainee.history),
-            "test_loss": trainee.history[-1]["test_loss"],
-            "test_accuracy": trainee.history[-1]["test_accuracy"],
-            "bits_per_byte": bits(trainee.history[-1]["test_loss"]) if text else None,
-            "diverged": trainee.history[-1]["epoch"] if trainee.diverged else None,
-            "train_seconds": sum(trainee.seconds),
+            "epochs": len(state.history),
+            "test_loss": state.history[-1]["test_loss"],
+            "test_accuracy": state.history[-1]["test_accuracy"],
+            "bits_per_byte": bits(state.history[-1]["test_loss"]) if text else None,
+            "diverged": state.history[-1]["epoch"] if state.diverged else None,
+            "train_seconds": sum(state.seconds),
             "images_per_second": None,  # of text
-            f"{data.unit}_per_second": len(trainee.seconds) * batch * data.units / sum(trainee.seconds),
-            **step_ratio(trainee.seconds, base),
+            f"{data.unit}_per_second": len(state.seconds) * batch * data.units / sum(state.seconds),
+            **step_ratio(state.seconds, base),
             "compile_seconds": compile_seconds[name],
-            "history": trainee.history,
+            "history": state.history,
         }
-        for name, trainee in trainees.items()
+        for name, state in states.items()
     }
 
 
@@ -338,35 +338,35 @@ def step_ratio(mine: list[float], base: list[float]) -> dict:
     return {"step_ratio": median, "step_ratio_quartiles": [low, high]}
 
 
-def save(checkpoint: Path, trainees: Mapping[str, Trainee]) -> None:
+def save(checkpoint: Path, states: Mapping[str, TrainState]) -> None:
     buffer = io.BytesIO()  # to a file torch.save makes a RuntimeError of a full disk
-    torch.save({name: trainee.state_dict() for name, trainee in trainees.items()}, buffer)
+    torch.save({name: state.state_dict() for name, state in states.items()}, buffer)
     with atomic_write(checkpoint) as path:
         path.write_bytes(buffer.getvalue())
 
 
-def restore(checkpoint: Path | None, trainees: Mapping[str, Trainee]) -> None:
-    """Sets the trainees to what the checkpoint holds, if there is one; a damaged checkpoint is set aside.
+def restore(checkpoint: Path | None, states: Mapping[str, TrainState]) -> None:
+    """Sets the states to what the checkpoint holds, if there is one; a damaged checkpoint is set aside.
 
     Of several processes only the first has one, and reads it for all.
     """
     content = broadcast(checkpoint.read_bytes() if checkpoint and checkpoint.exists() else None)
     if content is None:
         return
-    before = copy.deepcopy({name: trainee.state_dict() for name, trainee in trainees.items()})
+    before = copy.deepcopy({name: state.state_dict() for name, state in states.items()})
     try:
         if zipfile.ZipFile(io.BytesIO(content)).testzip():  # torch writes check sums, and does not compare them
             raise ValueError("its check sum differs")
-        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        if state.keys() != trainees.keys():
-            raise ValueError(f"it is of {', '.join(state)}")
-        for name, trainee in trainees.items():
-            trainee.load_state_dict(state[name])
+        saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        if saved.keys() != states.keys():
+            raise ValueError(f"it is of {', '.join(saved)}")
+        for name, state in states.items():
+            state.load_state_dict(saved[name])
     except Exception as error:  # whatever is wrong with it, the run can start over
         if out_of_memory(error):
             raise
-        for name, trainee in trainees.items():
-            trainee.load_state_dict(before[name])
+        for name, state in states.items():
+            state.load_state_dict(before[name])
         if checkpoint:
             aside = checkpoint.with_suffix(".damaged")
             os.replace(checkpoint, aside)

@@ -49,7 +49,7 @@ class Dataset:
     def train_size(self) -> int:
         return len(self.train_labels)
 
-    to_hold_out = train_size
+    hold_out_size = train_size
 
     @property
     def test_size(self) -> int:

@@ -66,7 +66,7 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
 
 
-def compiled(models: dict[str, nn.Module], accumulate: int = 1) -> dict[str, Callable]:
+def compile_all(models: dict[str, nn.Module], accumulate: int = 1) -> dict[str, Callable]:
     """The models under torch.compile, on CUDA as CUDA graphs; it would give up on a class after eight versions.
 
     No graphs where gradients are accumulated: the next one reuses their memory (pytorch issue 169545).
@@ -104,7 +104,7 @@ def synchronize(device: torch.device) -> None:
         getattr(torch, device.type).synchronize()
 
 
-def turned(names: Iterable[str], round: int) -> list[str]:
+def rotated(names: Iterable[str], round: int) -> list[str]:
     """The order of a round: A B C, B C A, …, so that a machine whose speed drifts slows all alike."""
     names = list(names)
     first = round % len(names)

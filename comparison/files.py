@@ -32,7 +32,7 @@ def write_json(path: Path, content: object, indent: int | None = None) -> None:
 
 
 def describe(error: OSError, place: Path) -> str:
-    """What is wrong with which file; the place is for an error that names none."""
+    """FILE: REASON, with `place` where the error names no file."""
     return f"{error.filename or place}: {error.strerror or error}"
 
 

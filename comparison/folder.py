@@ -70,7 +70,7 @@ class Folder:
     def train_size(self) -> int:
         return len(self.train)
 
-    to_hold_out = train_size
+    hold_out_size = train_size
 
     @property
     def test_size(self) -> int:

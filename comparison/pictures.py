@@ -46,12 +46,12 @@ def figures(config: dict, runs: list[dict]) -> dict[str, "Figure | None"]:
         for i, entry in enumerate(summary)
     }
     drawn = {
-        **draw_course(by_model, style),
-        "curves.png": draw_curves(by_model, config["against"], style),
+        **draw_accuracy(by_model, style),
+        "curves.png": draw_difference_curves(by_model, config["against"], style),
         "differences.png": draw_differences(summary, config["against"], style),
         "parameters.png": draw_parameters(summary, config["against"], style),
-        "learned.png": draw_learned(by_model, style),
-        "learned_by_epoch.png": draw_learning(by_model, style),
+        "learned.png": draw_learned_by_layer(by_model, style),
+        "learned_by_epoch.png": draw_learned_by_epoch(by_model, style),
     }
     for figure in filter(None, drawn.values()):
         figure.suptitle(wrapped(text, figure), fontsize="small", parse_math=False)  # a $ is a $
@@ -81,7 +81,7 @@ def add_legend(figure: "Figure", heading: str | None = None) -> None:
         figure.legend(found.values(), found, title=heading, loc="outside right center", fontsize="small")
 
 
-def draw_course(by_model: dict[str, list[dict]], style: dict) -> dict[str, "Figure | None"]:
+def draw_accuracy(by_model: dict[str, list[dict]], style: dict) -> dict[str, "Figure | None"]:
     """Accuracy, or the loss of text, over training time: mean and standard deviation over the seeds by epoch."""
     if not by_model:
         return {"accuracy.png": None, "loss.png": None}
@@ -101,7 +101,7 @@ def draw_course(by_model: dict[str, list[dict]], style: dict) -> dict[str, "Figu
     return {name: figure}
 
 
-def draw_curves(by_model: dict[str, list[dict]], against: str, style: dict) -> "Figure | None":
+def draw_difference_curves(by_model: dict[str, list[dict]], against: str, style: dict) -> "Figure | None":
     """Differences to the model that the others are compared with, in the course of training: mean and 95 % band."""
     fields = {"train_loss": "training loss, mean over the epoch", "test_loss": "test loss after the epoch"}
     base = {run["seed"]: run["history"] for run in by_model.get(against, [])}
@@ -189,7 +189,7 @@ def draw_parameters(summary: list[dict], against: str, style: dict) -> "Figure |
     return figure
 
 
-def draw_learned(by_model: dict[str, list[dict]], style: dict) -> "Figure | None":
+def draw_learned_by_layer(by_model: dict[str, list[dict]], style: dict) -> "Figure | None":
     """α and β by layer, mean and standard deviation; γ by layer and activation, mean over the seeds."""
     learned = [values for runs in by_model.values() for run in runs for values in run["learned"].values()]
     layers = sorted({layer for values in learned for layer in values}, key=lambda layer: [*map(int, layer.split("."))])
@@ -240,7 +240,7 @@ def draw_learned(by_model: dict[str, list[dict]], style: dict) -> "Figure | None
     return figure
 
 
-def draw_learning(by_model: dict[str, list[dict]], style: dict) -> "Figure | None":
+def draw_learned_by_epoch(by_model: dict[str, list[dict]], style: dict) -> "Figure | None":
     """α, β and γ_0 of every layer over the epochs, mean over the seeds, of the first model that learns them."""
     courses = {}
     for key in ("alpha", "beta", "gamma[0]"):

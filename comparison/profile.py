@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from comparison.console import UserError
 from comparison.data import synthetic
-from comparison.device import Stopwatch, autocast, compiled, synchronize, turned
+from comparison.device import Stopwatch, autocast, compile_all, rotated, synchronize
 from comparison.folder import Data
 from comparison.text import synthetic_text
 
@@ -41,7 +41,7 @@ def measure(
     """Returns an entry a model: parameters, FLOPs, bytes, and the seconds of every call in rounds of all models."""
     for model in models.values():
         model.train().to(device, memory_format=torch.channels_last)
-    called = compiled(models) if compile else models
+    called = compile_all(models) if compile else models
     x, y = next(data.to(device).batches(seed=0, epoch=0, batch_size=data.train_size))
 
     def loss(model: nn.Module) -> Tensor:
@@ -119,7 +119,7 @@ def interleave(functions: Mapping[str, Callable[[], object]], seconds: float, de
     watches = {name: Stopwatch(device) for name in functions}
     start, rounds = time.perf_counter(), 0
     while rounds < 3 or time.perf_counter() - start < seconds:
-        for name in turned(functions, rounds):
+        for name in rotated(functions, rounds):
             with watches[name]:
                 functions[name]()
         synchronize(device)

@@ -36,7 +36,7 @@ class Text:
         return min(EPOCH, (len(self.train) - 1) // LENGTH)
 
     @property
-    def to_hold_out(self) -> int:
+    def hold_out_size(self) -> int:
         """Sequences of the validation part."""
         return (len(self.validation) - 1) // LENGTH
 

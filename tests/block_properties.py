@@ -394,7 +394,7 @@ class BlockProperties:
 
     # What its user sees
 
-    def test_examples_run_from_a_copy_of_the_file_alone(self, tmp_path):
+    def test_examples_run_from_a_copy_of_only_the_file(self, tmp_path):
         shutil.copy(ROOT / f"{self.module}.py", tmp_path)
         environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
         command = [sys.executable, "-m", "doctest", "-v", f"{self.module}.py"]

@@ -58,7 +58,7 @@ def test_orthogonal_init_has_the_papers_pattern():
 
 
 @pytest.mark.parametrize("channel_dim", [-1, 1])
-def test_norm_is_applied_to_the_low_rank_path_alone(channel_dim):
+def test_norm_is_applied_only_to_the_low_rank_path(channel_dim):
     """Gemma 3n's form: x + f(x) + RMSNorm(B A x); channels first with a norm that takes channels first."""
     norm = nn.RMSNorm(D, eps=1e-6) if channel_dim == -1 else nn.GroupNorm(1, D)
     block = LAuReL_LR(D, rank=R, norm=norm, channel_dim=channel_dim)

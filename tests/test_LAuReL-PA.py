@@ -70,7 +70,7 @@ class TestLAuReLPA(BlockProperties):
             assert all(torch.equal(x, y) for x, y in zip(history, before))
 
 
-def test_looks_at_the_last_k_alone():
+def test_looks_only_at_the_last_k():
     block = randomize(LAuReL_PA(D, k=2, rank=R))
     xs = [torch.randn(4, D) for _ in range(5)]
     expected = block(xs[-2:], xs[0])

@@ -193,7 +193,7 @@ def test_the_fields_of_a_recipe_may_be_a_models_own(data):
 
 
 @pytest.mark.parametrize("stop", [1, 2, 4])
-def test_training_goes_on_from_a_checkpoint_to_the_same_bits(stop, data, tmp_path):
+def test_training_resumes_from_a_checkpoint_to_the_same_bits(stop, data, tmp_path):
     """Stopped in an epoch or after the last one."""
     recipe, data = Recipe(epochs=4, batch_size=50), data.limit(500)
 
@@ -226,7 +226,7 @@ def test_a_step_ratio_is_the_median_over_all_steps_of_resumed_training_too(data,
     """With a clock that each model's step moves by its own time, and other work by far more."""
     clock = [0.0]
     monkeypatch.setattr("comparison.device.time", SimpleNamespace(perf_counter=lambda: clock[0]))
-    step = TrainUtil.Trainee.step
+    step = TrainUtil.TrainState.step
 
     def timed(self, *args):
         calls.append(1)
@@ -239,7 +239,7 @@ def test_a_step_ratio_is_the_median_over_all_steps_of_resumed_training_too(data,
         if len(histories["rw"]) == 1 and not resumed:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(TrainUtil.Trainee, "step", timed)
+    monkeypatch.setattr(TrainUtil.TrainState, "step", timed)
     calls, resumed, path = [], False, tmp_path / "checkpoint.pt"
     how = {"checkpoint": path, "report": interrupt}
     models = {"residual": network(), "rw": network()}
@@ -255,10 +255,10 @@ def test_a_step_ratio_is_the_median_over_all_steps_of_resumed_training_too(data,
     assert alone["step_ratio"] is alone["step_ratio_quartiles"] is None
 
 
-def restore_from(path: Path, **models: nn.Module) -> dict[str, TrainUtil.Trainee]:
-    trainees = {name: TrainUtil.Trainee(model, model, Recipe(), 10, "float32") for name, model in models.items()}
-    TrainUtil.restore(path, trainees)
-    return trainees
+def restore_from(path: Path, **models: nn.Module) -> dict[str, TrainUtil.TrainState]:
+    states = {name: TrainUtil.TrainState(model, model, Recipe(), 10, "float32") for name, model in models.items()}
+    TrainUtil.restore(path, states)
+    return states
 
 
 def test_a_checkpoint_that_does_not_fit_leaves_all_parts_as_they_were(data, tmp_path, capsys):
@@ -267,10 +267,10 @@ def test_a_checkpoint_that_does_not_fit_leaves_all_parts_as_they_were(data, tmp_
     state = torch.load(path, weights_only=True)
     state["b"]["parts"][1]["param_groups"] = []  # the first model fits, and the first part of the second
     torch.save(state, path)
-    trainees = restore_from(path, a=network(), b=network())
-    for trainee in trainees.values():
-        assert TrainUtil.digest(trainee.model) == TrainUtil.digest(network())
-        assert trainee.history == trainee.seconds == []
+    states = restore_from(path, a=network(), b=network())
+    for state in states.values():
+        assert TrainUtil.digest(state.model) == TrainUtil.digest(network())
+        assert state.history == state.seconds == []
     assert str(path) in capsys.readouterr().err
     assert not path.exists()
     assert path.with_suffix(".damaged").exists()
@@ -402,7 +402,7 @@ def test_everything_may_be_in_one_optimizer_at_one_rate(data, name, kind):
     assert rates == {id(p): 0.06 if id(p) in of_blocks else 0.02 for p in model.parameters() if p.requires_grad}
 
 
-def test_muon_takes_the_matrices_of_a_gpts_branches_alone():
+def test_muon_takes_only_the_matrices_of_a_gpts_branches():
     model = GPT(Model.parse("rw+lr"), 0, dim=64, layers=2)
     muon, _ = TrainUtil.optimizers(model, TrainUtil.TEXT)
     (group,) = muon.param_groups

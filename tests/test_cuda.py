@@ -138,7 +138,7 @@ def test_the_script_runs(tmp_path, options):
     assert config["precision"] == "bfloat16" or not torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def test_a_run_that_was_interrupted_goes_on(tmp_path, monkeypatch):
+def test_a_run_that_was_interrupted_resumes(tmp_path, monkeypatch):
     options = [*ON_GPU, "--models", "residual", "pa@4", "--seeds", "1", "--precision", "float32"]
     assert Test.main([*options, "--out", str(tmp_path / "whole")]) == 0
     save, saved = TrainUtil.save, []

@@ -22,7 +22,7 @@ def test_a_smaller_image_holds_means_over_areas():
     assert y.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_batches_hold_every_image_once_and_depend_on_seed_and_epoch_alone(data):
+def test_batches_hold_every_image_once_and_depend_only_on_seed_and_epoch(data):
     # Without shifts, an image is known by its pixels, mirrored or not.
     data = data.limit(300)
     sums = normalize(data.train_images).sum((1, 2, 3)).sort().values

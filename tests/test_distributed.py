@@ -46,7 +46,7 @@ def setting(norm: bool, images: int, batch: int) -> tuple:
 
 def train_with_others(folder: str) -> None:
     rank = int(os.environ["RANK"])
-    TrainUtil.compiled = lambda models, accumulate: models  # the warm-up, without the compiler's minute
+    TrainUtil.compile_all = lambda models, accumulate: models  # the warm-up, without the compiler's minute
     results = {}
     with process_group(torch.device("cpu")):
         for norm, images, batch, accumulate in SETTINGS:

@@ -45,7 +45,7 @@ def test_an_image_folder_is_trained_on(images):
     assert data.sample(5).shape == (5, 32, 32, 3)
 
 
-def test_what_is_read_from_a_folder_depends_on_seed_and_epoch_alone(images):
+def test_what_is_read_from_a_folder_depends_only_on_seed_and_epoch(images):
     def read(workers: int, seed: int, epoch: int) -> list:
         torch.manual_seed(workers)
         return [torch.cat(t) for t in zip(*load_folder(images, 32, workers).batches(seed, epoch, 8))]

@@ -76,7 +76,7 @@ def test_the_same_command_started_twice_shares_the_work(long, tmp_path):
 
 
 @POSIX
-def test_a_killed_process_leaves_a_seed_that_another_one_goes_on_with(long, tmp_path):
+def test_another_process_resumes_the_seed_of_one_that_was_killed(long, tmp_path):
     never = partial(hold, tmp_path, 0, 99)
     first = start(*LONG, "--out", str(tmp_path), output=tmp_path / "first", before=never)
     wait_for(lambda: progress(tmp_path, 0).get("tested"))

@@ -99,7 +99,7 @@ def test_what_the_others_are_compared_with_must_be_there(finished, tmp_path, cap
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"config": [], "runs": []}', '{"config": {"models": '])
-def test_results_that_are_none_are_left_alone(text, tmp_path, capsys):
+def test_a_file_that_is_no_study_is_not_overwritten(text, tmp_path, capsys):
     (tmp_path / "results.json").write_text(text)
     assert Test.main([*SYNTHETIC, "--out", str(tmp_path)]) == 2
     assert str(tmp_path / "results.json") in capsys.readouterr().err
@@ -212,9 +212,9 @@ def stopped(tmp_path_factory) -> Path:
     """A study that was stopped after the second epoch of its first seed."""
     out, save = tmp_path_factory.mktemp("stopped"), TrainUtil.save
 
-    def stop(checkpoint, trainees):
-        save(checkpoint, trainees)
-        if len(trainees["residual"].history) == 2:
+    def stop(checkpoint, states):
+        save(checkpoint, states)
+        if len(states["residual"].history) == 2:
             raise KeyboardInterrupt
 
     with plain_script(), pytest.MonkeyPatch.context() as patch:

@@ -73,7 +73,7 @@ def test_two_processes_compile_and_accumulate_without_changing_the_losses(tmp_pa
 
 @pytest.mark.skipif(shutil.which("ps") is None, reason="needs ps to find the processes")
 @pytest.mark.parametrize("machines", [1, 2])
-def test_torchruns_restart_goes_on_from_the_checkpoint(machines, together, tmp_path):
+def test_torchruns_restart_resumes_from_the_checkpoint(machines, together, tmp_path):
     how = ["--standalone", "--nproc-per-node=2"]
     if machines == 2:  # what each of them would run
         how = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{free_port()}"]

@@ -60,7 +60,7 @@ def test_no_byte_is_predicted_from_those_that_follow():
     assert (before[0, 12:] - after[0, 12:]).abs().amax(dim=-1).min() > 0.01
 
 
-def test_rotation_makes_scores_depend_on_the_distance_alone():
+def test_rotation_makes_scores_depend_only_on_the_distance():
     """Rotary positions: the score of one query and one key is a function of how far apart they stand."""
     angles = torch.arange(9)[:, None] * torch.tensor([1.0, 0.1, 0.01])
     q, k = torch.randn(2, 1, 6, dtype=torch.float64).expand(2, 9, 6)
@@ -74,7 +74,7 @@ def test_rotation_makes_scores_depend_on_the_distance_alone():
 
 
 @pytest.mark.parametrize("arch", ["gpt6", "gpt", "gpt24"])
-def test_all_models_of_a_gpt_start_as_one_function_of_embeddings_alone(arch):
+def test_all_models_of_a_gpt_start_as_one_function_of_only_the_embeddings(arch):
     tokens = torch.randint(256, (1, 12))
     plain = ARCHS[arch](Model.parse("residual"), 0, None)
     assert not any(name.endswith("bias") for name, _ in plain.named_parameters())
@@ -99,7 +99,7 @@ def test_low_rank_pairs_do_not_keep_a_gpt_whose_branches_start_at_zero_from_lear
 
 
 def test_what_the_gpt_keeps_for_the_backward_pass():
-    """Ratios to the plain residual connection. They are exact, so that the bounds leave room for rounding alone."""
+    """Ratios to the plain residual connection. They are exact, so that the bounds leave room only for rounding."""
 
     def saved(name: str) -> int:
         with FakeTensorMode():

@@ -32,7 +32,7 @@ from comparison.muon import Muon  # noqa: E402
 from comparison.networks import build, whitening_filters  # noqa: E402
 from comparison.pictures import subplots  # noqa: E402
 from comparison.sources import load_cifar  # noqa: E402
-from TrainUtil import IMAGES, Trainee, evaluate  # noqa: E402
+from TrainUtil import IMAGES, TrainState, evaluate  # noqa: E402
 
 CONTESTANTS = ("small:3", "small:5", "small:10", "small:20", "medium:12", "airbench:1", "airbench:2", "airbench:4")
 LEVELS = (0.85, 0.87, 0.88, 0.89, 0.90, 0.91, 0.92, 0.93)
@@ -112,11 +112,11 @@ class Ours:
         self.recipe = replace(IMAGES, epochs=epochs, batch_size=BATCH)
         self.step_number, self.steps = 0, epochs * whole_batches(data.train_size, BATCH)
         self.model = build(arch, Model.parse("residual"), seed, data).to(memory_format=torch.channels_last)
-        self.trainee = Trainee(self.model, self.model, self.recipe, self.steps, precision)
+        self.state = TrainState(self.model, self.model, self.recipe, self.steps, precision)
 
     def step(self, x: Tensor, y: Tensor) -> None:
         x = resize(x, self.recipe.size(self.step_number / self.steps))
-        self.trainee.step(x, y, len(y), accumulate=1)
+        self.state.step(x, y, len(y), accumulate=1)
         self.step_number += 1
 
 
