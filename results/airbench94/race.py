@@ -26,7 +26,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
 from comparison.data import Dataset, resize, seeded, whole_batches  # noqa: E402
-from comparison.device import Stopwatch, autocast, default_precision, device_name, keep_memory, turned  # noqa: E402
+from comparison.device import Stopwatch, autocast, default_precision, device_name, keep_memory, rotated  # noqa: E402
 from comparison.models import Model  # noqa: E402
 from comparison.muon import Muon  # noqa: E402
 from comparison.networks import build, whitening_filters  # noqa: E402
@@ -134,7 +134,7 @@ def race(contestants: Mapping[str, int], data: Dataset, seed: int, precision: st
         for name in training:
             runners[name].model.train()
         for step, (x, y) in enumerate(data.batches(seed, epoch, BATCH, IMAGES.max_shift)):
-            for name in turned(training, step):
+            for name in rotated(training, step):
                 with watches[name]:
                     runners[name].step(x, y)
         for name in training:
