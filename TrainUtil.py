@@ -25,7 +25,7 @@ from comparison.console import UserError
 from comparison.data import Dataset, resize, whole_batches
 from comparison.device import Stopwatch, autocast, compile_all, compiler_errors, out_of_memory, rotated
 from comparison.distributed import all_reduce_sum, broadcast, processes, synchronize_batch_norm
-from comparison.files import atomic_write
+from comparison.files import atomic_write, save_torch
 from comparison.folder import Data
 from comparison.muon import Muon
 from comparison.networks import learned
@@ -339,10 +339,8 @@ def step_ratio(mine: list[float], base: list[float]) -> dict:
 
 
 def save(checkpoint: Path, states: Mapping[str, TrainState]) -> None:
-    buffer = io.BytesIO()  # to a file torch.save makes a RuntimeError of a full disk
-    torch.save({name: state.state_dict() for name, state in states.items()}, buffer)
     with atomic_write(checkpoint) as path:
-        path.write_bytes(buffer.getvalue())
+        save_torch({name: state.state_dict() for name, state in states.items()}, path)
 
 
 def restore(checkpoint: Path | None, states: Mapping[str, TrainState]) -> None:

@@ -1,12 +1,15 @@
 """Files that are whole or not there."""
 
 import contextlib
+import io
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+import torch
 
 PARTIAL = ".partial-"  # prefix of the temporary folders
 
@@ -29,6 +32,13 @@ def atomic_write(path: Path) -> Iterator[Path]:
 def write_json(path: Path, content: object, indent: int | None = None) -> None:
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(content, indent=indent, allow_nan=False) + "\n")
+
+
+def save_torch(content: object, path: Path) -> None:
+    """torch.save by way of memory: to a file it makes a RuntimeError of a full disk."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    path.write_bytes(buffer.getbuffer())
 
 
 def describe(error: OSError, place: Path) -> str:

@@ -28,7 +28,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from comparison.console import UserError, progress, say
 from comparison.data import Dataset
-from comparison.files import atomic_write
+from comparison.files import atomic_write, save_torch
 from comparison.text import Text
 
 # torchvision's upstream has been throttled since June 2026 (pytorch/vision issue 9536), so the copy at Zenodo is first.
@@ -76,7 +76,7 @@ def load_cifar(cifar: type[CIFAR10], data_dir: Path) -> Dataset:
         sources,
         check=partial(check_arrays, cifar),
         kept=data_dir / kept,
-        write=torch.save,
+        write=save_torch,
         advice=f"Put {cifar.filename} (MD5 {cifar.tgz_md5}) into {data_dir}, or name the folder that holds it with "
         f"--data-dir or {variable}.\nTo try the script without it: --dataset synthetic",
     )
@@ -112,7 +112,7 @@ def first_whole(
                 kept.parent.mkdir(parents=True, exist_ok=True)
                 with atomic_write(kept) as path:
                     write(content, path)
-            except (OSError, RuntimeError) as error:  # torch.save's, of a full disk
+            except OSError as error:
                 say(f"It could not be kept for the next time: {error}")
         return content
     raise UserError("\n  ".join([f"{title} is not available. What was tried:", *failed]) + f"\n{advice}")

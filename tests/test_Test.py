@@ -4,6 +4,7 @@ import math
 import os
 import re
 import shlex
+from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -243,6 +244,14 @@ def test_as_many_threads_are_used_as_are_asked_for(monkeypatch):
 def test_bfloat16_is_the_default_where_the_processor_has_instructions_for_it(instructions, precision, monkeypatch):
     monkeypatch.setattr("comparison.device.cpu_capabilities", lambda: instructions)
     assert Test.parse(["--device", "cpu"]).precision == precision
+
+
+def test_images_that_fit_into_no_memory_are_refused_before_a_study_is_started(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Test, "load_data", lambda options: data)
+    monkeypatch.setattr(TrainUtil, "IMAGES", replace(TrainUtil.IMAGES, sizes=((400_000, 1.0),)))
+    assert Test.main(["--arch", "resnet18", "--out", str(tmp_path)]) == 1
+    assert "out of memory: try a smaller --image-size" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_rank_that_fits_into_no_memory_is_refused(tmp_path, capsys):
