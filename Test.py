@@ -15,6 +15,10 @@ from dataclasses import asdict, replace
 from inspect import getdoc
 from pathlib import Path
 
+# OpenMP's threads wait for each other without sleeping, 300,000 times by default: that leaves no core to what they wait
+# for where other processes work. Before torch loads it.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
 import torch
 from torchvision.datasets import CIFAR10, CIFAR100
 

@@ -4,6 +4,7 @@ import math
 import os
 import re
 import shlex
+import sys
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from script import PICTURES, POSIX, SYNTHETIC, one_layer, start
+from script import PICTURES, POSIX, SYNTHETIC, one_layer, run, start
 from torchvision.datasets import CIFAR10
 from torchvision.transforms.functional import to_pil_image
 
@@ -238,6 +239,14 @@ def test_a_transformer_takes_a_single_image(tmp_path):
 def test_as_many_threads_are_used_as_are_asked_for(monkeypatch):
     monkeypatch.setattr(Test, "compare", lambda options, argv: torch.get_num_threads())
     assert Test.main(["--threads", "2"]) == 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="GNU's OpenMP")
+def test_openmps_threads_do_not_wait_long_without_sleeping():
+    """What OpenMP says when torch loads it."""
+    environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
+    said = run("--help", env={**environment, "OMP_DISPLAY_ENV": "verbose"}).stderr
+    assert "GOMP_SPINCOUNT = '10000'" in said
 
 
 @pytest.mark.parametrize(("instructions", "precision"), [({}, "float32"), ({"avx512_bf16": True}, "bfloat16")])

@@ -4,11 +4,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 
 from comparison.data import normalize
 from comparison.models import MODELS, Model
-from comparison.networks import ARCHS, Shortcut, SmallCNN, whitening_filters
+from comparison.networks import ARCHS, Shortcut, SmallCNN, conv, whitening_filters
 
 
 @pytest.fixture(scope="module", params=["small", "resnet20", "vit", "resnet18", "resnet50"])
@@ -48,6 +49,15 @@ def test_seeds_differ_and_building_a_model_leaves_the_random_numbers_alone(data)
         assert not torch.equal(states[0][key], states[1][key])
     first, second = (states[0][f"stages.0.residuals.{i}.A"] for i in (0, 1))
     assert not torch.equal(first[0], second[0])
+
+
+def test_of_a_single_pixel_a_convolution_is_that_of_the_whole_filters():
+    convolution, x = conv(5, 7).double(), torch.randn(4, 5, 1, 1, dtype=torch.float64, requires_grad=True)
+    found, expected = convolution(x), F.conv2d(x, convolution.weight, padding=1)
+    torch.testing.assert_close(found, expected)
+    g = torch.randn_like(found)
+    for mine, whole in zip(*(torch.autograd.grad(y, (x, convolution.weight), g) for y in (found, expected))):
+        torch.testing.assert_close(mine, whole)
 
 
 def test_every_trainable_parameter_gets_a_gradient(networks, data):
