@@ -31,6 +31,15 @@ def bounded(w: Tensor, bound: str, scale: float) -> tuple[Tensor, Tensor]:
     return w[0], w[1]
 
 
+def product(W: Tensor, x: Tensor, d: int) -> Tensor:
+    """W x over the channels, dimension d of x."""
+    t = x.movedim(d, -1)
+    if d % x.ndim != 1 or x.ndim < 3 or t.is_contiguous():
+        return F.linear(t, W).movedim(-1, d)
+    # Of (N, D, H, W) F.linear would make a copy, and keep it for the backward pass.
+    return F.conv1d(x.flatten(2), W[..., None]).unflatten(2, x.shape[2:])
+
+
 class LAuReL_LR(nn.Module):
     r"""Adds a branch, its input and a low-rank map of its input: f(x) + x + B A x (LAuReL-LR, §2.2, eq. 3).
 
@@ -44,7 +53,7 @@ class LAuReL_LR(nn.Module):
         rank: r. The paper: 16 and 32 are best on ResNet-50, 32 to 64 on LLMs.
         residual_weights: learn α and β too.
         init: how A starts. ``"orthogonal"``: the paper's column-orthogonal pattern for LLMs, A[i mod r, i] = 1/√(rD),
-            else 0. ``"xavier"``: uniform within ±√(6 / (r + D)), its choice for ResNet-50; A x is 1.3 r times as large.
+            else 0. ``"xavier"``: uniform within ±√(6 / (r + D)), its choice for ResNet-50; A x is 1.4 r times as large.
         norm: a module applied to B A x, in its layout; Gemma 3n has ``nn.RMSNorm(D)``. One step brings it to full size.
         bound: ``"softmax"``: (α, β) = scale · softmax(w); ``"sigmoid"``: scale · σ(w); ``"single"``: α = scale · σ(w),
             β = scale − α; ``"none"``: w. They start at scale / 2, or 1. Ignored without residual weights, as scale is.
@@ -87,7 +96,7 @@ class LAuReL_LR(nn.Module):
             nn.init.xavier_uniform_(self.A)
         else:
             ones = torch.ones_like(self.A, dtype=torch.long)  # of A itself, which may be sharded
-            pattern = (ones.cumsum(-1) - ones.cumsum(-2)) % self.rank == 0  # component i mod r, channel i
+            pattern = (ones.cumsum(-1) - ones.cumsum(-2)) % min(self.rank, self.dim) == 0  # component i mod r
             self.A.data.copy_(pattern / (self.rank * self.dim) ** 0.5)
         nn.init.zeros_(self.B)
         if self.w is not None:
@@ -103,27 +112,19 @@ class LAuReL_LR(nn.Module):
         if x.shape != fx.shape or not -x.ndim <= self.channel_dim < x.ndim or x.shape[self.channel_dim] != self.dim:
             got = f"got {tuple(x.shape)} and {tuple(fx.shape)}"
             raise ValueError(f"x and fx must have one shape, dim={self.dim} at channel_dim={self.channel_dim}, {got}")
-        if not (x.is_floating_point() or x.is_complex()):
-            raise TypeError(f"x must be floating-point or complex numbers, got {x.dtype}")
+        if not all(t.is_floating_point() or t.is_complex() for t in (x, fx)):
+            raise TypeError(f"x and fx must be floating-point or complex numbers, got {x.dtype} and {fx.dtype}")
         device, dtype = x.device.type, torch.promote_types(x.dtype, fx.dtype)
         half = not x.is_meta and torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
-        if half and self.norm is None:
-            with torch.autocast(device, enabled=False):  # A x may leave the range of float16 where x + f(x) does not
-                return self.forward(x, fx)
-        t = x.movedim(self.channel_dim, -1).to(torch.float32 if x.dtype == torch.float16 else x.dtype)
         alpha, beta = self.weights()
         y = x + fx if beta is None else (fx * alpha + x * beta).to(dtype)  # alpha * fx would round α to bfloat16
-        if self.norm is not None:
-            with torch.autocast(device, enabled=False) if half else nullcontext():
-                h = F.linear(F.linear(t, self.A.to(t.dtype)), self.B.to(t.dtype)).to(t.dtype if half else dtype)
-            return (y + self.norm(h.movedim(-1, self.channel_dim)) * (1 if beta is None else beta)).to(dtype)
-        u = F.linear(t, self.A.to(t.dtype))  # A x, (…, r)
-        y, B = y.movedim(self.channel_dim, -1), (self.B if beta is None else beta * self.B).to(u.dtype)
-        if y.is_contiguous() and y.dtype == u.dtype:  # in one pass over y; under autocast u may be of a lower dtype
-            y = torch.addmm(y.reshape(-1, self.dim), u.reshape(-1, u.shape[-1]), B.T).view(y.shape)
-        else:
-            y = y + F.linear(u, B).to(y.dtype)
-        return y.movedim(-1, self.channel_dim)
+        x, d = x.to(torch.float32 if x.dtype == torch.float16 else x.dtype), self.channel_dim
+        B = self.B if beta is None or self.norm is not None else beta * self.B
+        with torch.autocast(device, enabled=False) if half else nullcontext():  # A x may leave the range of float16
+            h = product(B.to(x.dtype), product(self.A.to(x.dtype), x, d), d)
+        if self.norm is None:
+            return y + h.to(dtype)
+        return (y + self.norm(h if half else h.to(dtype)) * (1 if beta is None else beta)).to(dtype)
 
     def extra_repr(self) -> str:
         names = ("dim", "rank", "residual_weights", "init", "bound", "scale", "channel_dim")

@@ -33,6 +33,15 @@ def bounded(w: Tensor, bound: str, scale: float) -> tuple[Tensor, Tensor]:
     return w[0], w[1]
 
 
+def product(W: Tensor, x: Tensor, d: int) -> Tensor:
+    """W x over the channels, dimension d of x."""
+    t = x.movedim(d, -1)
+    if d % x.ndim != 1 or x.ndim < 3 or t.is_contiguous():
+        return F.linear(t, W).movedim(-1, d)
+    # Of (N, D, H, W) F.linear would make a copy, and keep it for the backward pass.
+    return F.conv1d(x.flatten(2), W[..., None]).unflatten(2, x.shape[2:])
+
+
 class LAuReL_PA(nn.Module):
     r"""Adds a branch, its input and the last k activations: f(x_i) + x_i + Σ γ_j h(x_{i-j}) (LAuReL-PA, §2.3, eq. 4).
 
@@ -40,7 +49,7 @@ class LAuReL_PA(nn.Module):
     list of activations, and the block looks at its last k, or at as many as there are. Start a new one where the shape
     changes (a down-sampling stage), which the paper leaves open. Two cases need a copy:
 
-    - ``checkpoint(residual, tuple(xs), fx, use_reentrant=False)``: when it calls the block again, a list has grown.
+    - ``checkpoint(residual, tuple(xs), fx, use_reentrant=False)``: of a list, which grows, gradients may be wrong.
     - ``residual(xs[-k:], fx)`` where blocks are compiled one by one: each length of a list is compiled anew.
 
     It adds 2rD + k parameters, with ``rank=None``, h(x) = x, k. ``residual_weights=True`` is RW+PA, and with
@@ -50,7 +59,8 @@ class LAuReL_PA(nn.Module):
     the plain residual, to the last bit, unless ``scale`` is changed. ``gamma_gain``, a factor on gamma, is 1/k where h
     is low-rank, so that its terms move as fast as LR's one. After a loop that fills every matrix of a model, such as
     nn.Transformer's, call ``reset_parameters()``. Let Adam train A and B (0.0003 to 0.003 were tried in a GPT), or Muon
-    at 0.002, not at the 0.02 of other matrices; give gamma and ``w`` a group without weight decay, at 0.003 to 0.01.
+    at 0.002, not at the 0.02 of other matrices (torch's takes only shared ones); give gamma and ``w`` a group without
+    weight decay, at 0.003 to 0.01.
 
     Args:
         dim: D, the size of the channel dimension.
@@ -58,7 +68,7 @@ class LAuReL_PA(nn.Module):
         shared: one pair A, B for all k activations (§2.3), or one for each (eq. 6); ``rank=None`` ignores it.
         residual_weights: learn α and β too.
         init: how A starts. ``"orthogonal"``: the paper's column-orthogonal pattern for LLMs, A[i mod r, i] = 1/√(rD),
-            else 0. ``"xavier"``: uniform within ±√(6 / (r + D)), its choice for ResNet-50; A x is 1.3 r times as large.
+            else 0. ``"xavier"``: uniform within ±√(6 / (r + D)), its choice for ResNet-50; A x is 1.4 r times as large.
         bound: ``"softmax"``: (α, β) = scale · softmax(w); ``"sigmoid"``: scale · σ(w); ``"single"``: α = scale · σ(w),
             β = scale − α; ``"none"``: w. They start at scale / 2, or 1. Ignored without residual weights, as scale is.
         scale: the factor above; ``"none"`` ignores it.
@@ -112,7 +122,7 @@ class LAuReL_PA(nn.Module):
                 nn.init.uniform_(self.A, -limit, limit)
             else:
                 ones = torch.ones_like(self.A, dtype=torch.long)  # of A itself, which may be sharded
-                pattern = (ones.cumsum(-1) - ones.cumsum(-2)) % self.rank == 0  # component i mod r, channel i
+                pattern = (ones.cumsum(-1) - ones.cumsum(-2)) % min(self.rank, self.dim) == 0  # component i mod r
                 self.A.data.copy_(pattern / (self.rank * self.dim) ** 0.5)
         if self.w is not None:
             nn.init.constant_(self.w, 1.0 if self.bound == "none" else 0.0)
@@ -134,9 +144,9 @@ class LAuReL_PA(nn.Module):
                 f"xs and fx must have the same shape with dim={self.dim} at channel_dim={self.channel_dim}, "
                 f"got {[tuple(x.shape) for x in xs[::-1]]} and {tuple(fx.shape)}; start a new list where it changes"
             )
+        if not all(t.is_floating_point() or t.is_complex() for t in (*xs, fx)):
+            raise TypeError(f"activations must be floating-point or complex, got {[t.dtype for t in (*xs[::-1], fx)]}")
         x, device, dtype = xs[0], fx.device.type, torch.promote_types(xs[0].dtype, fx.dtype)
-        if not (x.is_floating_point() or x.is_complex()):
-            raise TypeError(f"the activations must be floating-point or complex numbers, got {x.dtype}")
         if not x.is_meta and torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16:
             with torch.autocast(device, enabled=False):  # A x may leave the range of float16 where x + f(x) does not
                 return self.forward(xs[::-1], fx)
@@ -149,20 +159,15 @@ class LAuReL_PA(nn.Module):
             return y.to(dtype)  # an earlier activation may be float32 where x_i and f(x_i) are bfloat16
 
         # β and γ are multiplied into what is small, A x and B: no weighted activation is kept for the backward pass.
-        ts = [x.movedim(self.channel_dim, -1).to(torch.float32 if x.dtype == torch.float16 else x.dtype) for x in xs]
+        ts, d = [x.to(torch.float32 if x.dtype == torch.float16 else x.dtype) for x in xs], self.channel_dim
         A = [self.A] * len(xs) if self.shared else self.A[: len(xs)]
-        us = [F.linear(t, a.to(t.dtype)) for t, a in zip(ts, A)]  # A x_{i-j}, (…, r) each
+        us = [product(a.to(t.dtype), t, d) for t, a in zip(ts, A)]  # A x_{i-j}, r channels each
         if self.shared:
-            u, B = sum(u * weight for weight, u in zip(gamma.unbind(), us)), self.B  # (…, r)
+            u, B = sum(u * weight for weight, u in zip(gamma.unbind(), us)), self.B
         else:
-            u = torch.cat(us, dim=-1)  # (…, kr)
+            u = torch.cat(us, dim=d)  # kr channels
             B = (gamma[:, None, None] * self.B[: len(xs)]).movedim(0, 1).flatten(1)  # (D, kr)
-        y, B = y.movedim(self.channel_dim, -1), B.to(u.dtype)
-        if y.is_contiguous() and y.dtype == u.dtype:  # in one pass over y; under autocast u may be of a lower dtype
-            y = torch.addmm(y.reshape(-1, self.dim), u.reshape(-1, u.shape[-1]), B.T).view(y.shape)
-        else:
-            y = y + F.linear(u, B).to(y.dtype)
-        return y.movedim(-1, self.channel_dim)
+        return y + product(B.to(u.dtype), u, d).to(y.dtype)
 
     def extra_repr(self) -> str:
         names = ("dim", "k", "rank", "shared", "residual_weights", "init", "bound", "scale", "channel_dim")

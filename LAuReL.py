@@ -86,8 +86,8 @@ class LAuReL(nn.Module):
     def forward(self, x: Tensor, fx: Tensor) -> Tensor:
         if x.shape != fx.shape:
             raise ValueError(f"x and fx must have one shape, got {tuple(x.shape)} and {tuple(fx.shape)}")
-        if not (x.is_floating_point() or x.is_complex()):
-            raise TypeError(f"x must be floating-point or complex numbers, got {x.dtype}")
+        if not all(t.is_floating_point() or t.is_complex() for t in (x, fx)):
+            raise TypeError(f"x and fx must be floating-point or complex numbers, got {x.dtype} and {fx.dtype}")
         (alpha, beta), dtype = self.weights(), torch.promote_types(x.dtype, fx.dtype)
         if self.dim is not None:
             if not -x.ndim <= self.channel_dim < x.ndim or x.shape[self.channel_dim] != self.dim:

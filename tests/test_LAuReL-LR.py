@@ -16,6 +16,7 @@ class TestLAuReLLR(BlockProperties):
         "LR": ({"dim": D, "rank": R}, 2 * R * D),  # eq. 3
         "LR xavier": ({"dim": D, "rank": R, "init": "xavier"}, 2 * R * D),
         "LR rank 1": ({"dim": D, "rank": 1}, 2 * D),
+        "LR rank above D": ({"dim": D, "rank": D + 2}, 2 * (D + 2) * D),
         "RW+LR": (WEIGHTED, 2 * R * D + 2),  # eq. 5
         "RW+LR scale 1": ({**WEIGHTED, "scale": 1.0}, 2 * R * D + 2),
         "RW+LR sigmoid": ({**WEIGHTED, "bound": "sigmoid"}, 2 * R * D + 2),

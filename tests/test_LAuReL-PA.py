@@ -19,6 +19,7 @@ class TestLAuReLPA(BlockProperties):
     variants = {
         "PA": (BASE, 2 * R * D + K),  # eq. 4
         "PA xavier": ({**BASE, "init": "xavier"}, 2 * R * D + K),
+        "PA rank above D": ({**BASE, "rank": D + 2}, 2 * (D + 2) * D + K),
         "PA k = 1": ({**BASE, "k": 1}, 2 * R * D + 1),
         "PA k = 2": ({**BASE, "k": 2}, 2 * R * D + 2),
         "PA identity": ({**BASE, "rank": None}, K),
