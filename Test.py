@@ -195,7 +195,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             options.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     options.arch = options.arch or ("gpt" if options.dataset == "enwik8" else "small")
     text_arch = options.arch in TEXT_ARCHS
-    options.dataset = options.dataset or ("enwik8" if text_arch else "cifar10")
+    options.dataset = options.dataset or ("synthetic" if options.profile else "enwik8" if text_arch else "cifar10")
     if options.dataset != "synthetic" and text_arch != (options.dataset == "enwik8"):
         allowed = [arch for arch in ARCHS if (arch in TEXT_ARCHS) != text_arch]
         parser.error(f"--dataset {options.dataset} goes with --arch {', '.join(allowed)}, not with {options.arch}")
@@ -213,8 +213,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         options.image_size = options.image_size or 224
         options.workers = options.workers or max(1, cores() // (here * options.parallel))
     elif options.workers or (options.image_size and (text_arch or not options.profile)):
-        name = "--workers" if options.workers else "--image-size"
-        parser.error(f"{name} goes with --dataset imagefolder")
+        name, others = ("--workers", "") if options.workers else ("--image-size", ", or --profile and --arch of images")
+        parser.error(f"{name} goes with --dataset imagefolder{others}")
     return options
 
 
@@ -313,7 +313,7 @@ def compare(options: argparse.Namespace, argv: list[str]) -> int:
     try:
         data = load_data(options)
         recipe = recipe_for(options, data)
-        with memory_errors("try a smaller --image-size"):
+        with memory_errors("try a smaller --image-size" if options.image_size else "try another --arch"):
             check_sizes(options, data, recipe)
         config = configuration(vars(options)) | {"data": data.name, "recipe": asdict(recipe)}
         sizes = {"training": data.train_size, "test": data.test_size}
@@ -336,7 +336,7 @@ def compare(options: argparse.Namespace, argv: list[str]) -> int:
     try:
         with helpers(min(options.parallel, len(options.seeds)) - 1, theirs), monitor.bar:
             for seed, models in study.take(options.seeds, names, None if helping() else wait):
-                broadcast((common_settings(options, data), seed, models))
+                broadcast((common_settings(options, data, recipe), seed, models))
 
                 def report(*so_far: object, seed: int = seed) -> None:
                     end_with_parent()
@@ -363,10 +363,12 @@ def compare(options: argparse.Namespace, argv: list[str]) -> int:
     return status
 
 
-def common_settings(options: argparse.Namespace, data: Data) -> dict:
+def common_settings(options: argparse.Namespace, data: Data, recipe: TrainUtil.Recipe) -> dict:
     """What all processes must have in common."""
     sizes = {f"training {data.examples}": data.train_size, f"test {data.examples}": data.test_size}
-    return {**sizes, "classes": data.classes, "precision": options.precision, "torch": torch.__version__}
+    names = ("arch", "accumulate", "compile", "precision")
+    chosen = {name: getattr(options, name) for name in names} | asdict(recipe)
+    return {**sizes, "classes": data.classes, "torch": torch.__version__, **chosen}
 
 
 def run_follower(options: argparse.Namespace) -> int:
@@ -375,10 +377,10 @@ def run_follower(options: argparse.Namespace) -> int:
     while task := broadcast(None):  # otherwise nothing is left, or the first process has said what is wrong
         first, seed, models = task
         data = data or load_data(options)
-        mine = common_settings(options, data)
-        if mine != first:
-            raise UserError(f"this process has {mine}, the first one {first}", code=1)
         recipe = recipe_for(options, data)
+        for name, mine in common_settings(options, data, recipe).items():
+            if mine != first.get(name):
+                raise UserError(f"{name}: this process has {mine}, the first one {first.get(name)}", code=1)
         train_seed(seed, models, options, data, recipe)
     return 0
 

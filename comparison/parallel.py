@@ -28,7 +28,7 @@ def end_with_parent() -> None:
 def helpers(n: int, options: Sequence[str]) -> Iterator[None]:
     """Starts n further processes, unless this is one, with options of their own; they end with this one.
 
-    What one says that fails is printed at the end: another process has then done its work, or said the same.
+    What one says on stderr is printed at the end; where it failed, another has done its work, or said the same.
     """
     started = []
     with ExitStack() as files:
@@ -48,6 +48,7 @@ def helpers(n: int, options: Sequence[str]) -> Iterator[None]:
                 process.terminate()
                 process.wait()
                 if code:
-                    errors.seek(0)
                     reason = f" by {signal.Signals(-code).name}, perhaps for lack of memory" if code < 0 else ""
-                    print(f"A process of --parallel was ended{reason}.", errors.read(), end="", file=sys.stderr)
+                    print(f"A process of --parallel was ended{reason}.", file=sys.stderr)
+                errors.seek(0)
+                print(errors.read(), end="", file=sys.stderr)

@@ -18,6 +18,7 @@ from torchvision.transforms.functional import to_pil_image
 
 import Test
 import TrainUtil
+from comparison.console import UserError
 from comparison.models import MODELS
 from comparison.sources import ARCHIVE_URLS
 from comparison.study import configuration
@@ -191,7 +192,7 @@ def test_devices_of_one_kind_may_share_a_study(tmp_path):
         (["--models", "pa:rank=none,init=orthogonal"], ["init would be ignored"]),
         (["--models", "pa:rank=none,shared=false"], ["shared would be ignored"]),
         (["--workers", "2"], ["--workers", "imagefolder"]),
-        (["--image-size", "64"], ["--image-size", "imagefolder"]),
+        (["--image-size", "64"], ["--image-size", "imagefolder", "--profile"]),
         (["--limit", "10" * 20], ["--limit", "to 999999999"]),  # more than 64 bits
         (["--models", "lr@" + "9" * 30], ["to 999999999"]),
     ],
@@ -206,6 +207,25 @@ def test_bad_options_end_in_one_line_before_any_work(options, parts, capsys):
     assert len(captured.err.splitlines()) == 1
     for part in parts:
         assert part in captured.err
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("lr", ["--optimizer", "sgd", "--lr", "0.01"]),
+        ("accumulate", ["--accumulate", "2"]),
+        ("arch", ["--arch", "vit"]),
+    ],
+)
+def test_processes_that_train_together_must_have_the_same_options(name, options, data, monkeypatch):
+    """Otherwise each would have weights of its own, and nobody would see it."""
+    monkeypatch.setattr(Test, "load_data", lambda options: data)
+    first, mine = (Test.parse(["--optimizer", "sgd", "--lr", "0.1", *more]) for more in ([], options))
+    recipes = [Test.recipe_for(each, data) for each in (first, mine)]
+    told = Test.common_settings(first, data, recipes[0])
+    monkeypatch.setattr(Test, "broadcast", lambda _: (told, 0, ["residual"]))
+    with pytest.raises(UserError, match=rf"^{name}: this process has .*, the first one "):
+        Test.run_follower(mine)
 
 
 def test_a_home_folder_is_found(monkeypatch, tmp_path):
@@ -259,7 +279,7 @@ def test_images_that_fit_into_no_memory_are_refused_before_a_study_is_started(da
     monkeypatch.setattr(Test, "load_data", lambda options: data)
     monkeypatch.setattr(TrainUtil, "IMAGES", replace(TrainUtil.IMAGES, sizes=((400_000, 1.0),)))
     assert Test.main(["--arch", "resnet18", "--out", str(tmp_path)]) == 1
-    assert "out of memory: try a smaller --image-size" in capsys.readouterr().err
+    assert "out of memory: try another --arch" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

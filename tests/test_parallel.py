@@ -13,7 +13,7 @@ from script import POSIX, STUDY, SYNTHETIC, forkserver, numbers, plain_script, r
 
 import Test
 from comparison.console import UserError
-from comparison.parallel import PARENT
+from comparison.parallel import PARENT, helpers
 from comparison.pictures import draw
 from comparison.study import Study
 
@@ -178,6 +178,17 @@ def test_a_helper_has_the_options_of_the_process_that_starts_it(data, tmp_path, 
     monkeypatch.setenv(PARENT, str(os.getppid()))
     assert Test.main(options) == 2
     assert len(started) == 1
+
+
+def test_what_a_helper_says_is_printed_at_the_end(tmp_path, monkeypatch, capsys):
+    """That a checkpoint was damaged, for one, though all went well."""
+    (tmp_path / "Test.py").write_text(
+        "import pathlib, sys; print('set aside', file=sys.stderr, flush=True); pathlib.Path(sys.argv[1]).touch()"
+    )
+    monkeypatch.setattr("comparison.parallel.ROOT", tmp_path)
+    with helpers(1, [str(tmp_path / "said")]):
+        wait_for((tmp_path / "said").exists)
+    assert capsys.readouterr().err == "set aside\n"
 
 
 def look_for_scipy() -> None:

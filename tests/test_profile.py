@@ -16,7 +16,8 @@ def test_profile_measures_every_model_in_the_same_rounds(arch, tmp_path, capsys)
     options = ["--profile", "--arch", arch, "--seconds", "1", "--batch-size", "2", "--precision", "float32"]
     options += ["--models", "rw", "pa/2", "--out", str(tmp_path)]
     assert Test.main(options) == 0
-    printed, costs = capsys.readouterr().out, json.loads((tmp_path / "profile.json").read_text())["costs"]
+    printed, profile = capsys.readouterr().out, json.loads((tmp_path / "profile.json").read_text())
+    costs = profile["costs"]
     assert [entry["model"] for entry in costs] == ["residual", "rw", "pa/2"]
     for name in ("step_seconds", "inference_seconds", "inference_1_seconds"):
         (rounds,) = {len(entry[name]) for entry in costs}
@@ -26,6 +27,7 @@ def test_profile_measures_every_model_in_the_same_rounds(arch, tmp_path, capsys)
         assert f"{entry['parameters']:,}" in printed
         assert entry["flops"] >= costs[0]["flops"]
     assert costs[1]["saved_bytes"] > 1.05 * costs[0]["saved_bytes"]
+    assert profile["config"]["dataset"] == "synthetic"
     assert Test.main(options) == 2  # a profile is not overwritten
 
 
