@@ -36,12 +36,16 @@ NOT_IN_CSV = ("learned", "history", "step_ratio_quartiles")
 
 
 def git_commit() -> str | None:
-    """The commit of the script, with -dirty if files have changed; None where no repository tracks it."""
-    git = ["git", "-C", str(ROOT)]
+    """The commit of the script, with -dirty if Python files have changed; None where no repository tracks it."""
+
+    def git(*command: str) -> subprocess.CompletedProcess:
+        return subprocess.run(["git", "-C", str(ROOT), *command], capture_output=True, text=True)
+
     try:
-        tracked = subprocess.run([*git, "ls-files", "--error-unmatch", "Test.py"], capture_output=True).returncode == 0
-        describe = [*git, "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
-        return (tracked and subprocess.run(describe, capture_output=True, text=True).stdout.strip()) or None
+        if git("ls-files", "--error-unmatch", "Test.py").returncode:
+            return None
+        commit = git("rev-parse", "--verify", "--quiet", "HEAD").stdout.strip()
+        return commit + "-dirty" * bool(git("diff", "--quiet", "HEAD", "--", "*.py").returncode) if commit else None
     except OSError:  # git is not installed
         return None
 

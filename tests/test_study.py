@@ -398,8 +398,10 @@ def test_the_commit_is_that_of_a_repository_that_tracks_the_script(tmp_path, mon
     (tmp_path / "Test.py").touch()
     git("commit", "--allow-empty", "-m", "another project")
     assert git_commit() is None
-    git("add", "Test.py")
+    (tmp_path / "README.md").touch()
+    git("add", ".")
     git("commit", "-m", "the script")
-    assert re.fullmatch("[0-9a-f]{40}", git_commit())
+    (tmp_path / "README.md").write_text("changed")
+    assert re.fullmatch("[0-9a-f]{40}", git_commit())  # the code is the commit's
     (tmp_path / "Test.py").write_text("changed")
     assert git_commit().endswith("-dirty")
