@@ -224,6 +224,7 @@ def test_processes_that_train_together_must_have_the_same_options(name, options,
     recipes = [Test.recipe_for(each, data) for each in (first, mine)]
     told = Test.common_settings(first, data, recipes[0])
     monkeypatch.setattr(Test, "broadcast", lambda _: (told, 0, ["residual"]))
+    monkeypatch.setattr(Test, "train_seed", lambda *_: pytest.fail("it trains"))
     with pytest.raises(UserError, match=rf"^{name}: this process has .*, the first one "):
         Test.run_follower(mine)
 
