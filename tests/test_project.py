@@ -139,9 +139,12 @@ def test_the_script_beside_the_results_runs(tmp_path, monkeypatch, data):
     shutil.copy(ROOT / "results" / "airbench94" / "race.py", path)
     monkeypatch.syspath_prepend(ROOT)
     contestants = ["small:1", "small:2", "airbench:1", "airbench:2"]
-    runpy.run_path(str(path))["main"](["--seeds", "1", *contestants], data.limit(150).hold_out(50))
+    for seeds in ("1", "1-1"):  # the second is added to the first
+        runpy.run_path(str(path))["main"](["--seeds", seeds, *contestants], data.limit(150).hold_out(50))
     runs = json.loads((path.parent / "race.json").read_text())["runs"]
-    assert [f"{run['network']}:{run['epochs']}" for run in runs] == ["small:1", "airbench:1", "small:2", "airbench:2"]
+    assert sorted(run["seed"] for run in runs) == [0] * 4 + [1] * 4
+    finished = [f"{run['network']}:{run['epochs']}" for run in runs if run["seed"] == 0]
+    assert finished == ["small:1", "airbench:1", "small:2", "airbench:2"]
     assert all(run["test_loss"] > 0 and run["train_seconds"] > 0 for run in runs)
     assert (path.parent / "race.png").exists()
 
