@@ -423,7 +423,7 @@ def profile(options: argparse.Namespace) -> int:
     keep_memory()
     config = configuration(vars(options))
     with compiler_errors(), memory_errors("try a smaller --batch-size, --image-size or rank, or fewer --models"):
-        data = made_up(options.arch in TEXT_ARCHS, options.batch_size, options.image_size)
+        data = made_up(load_data(options), options.batch_size, options.image_size)
         models = {model.name: build(options.arch, model, 0, data) for model in options.models}
         how = {"precision": options.precision, "compile": options.compile, "seconds": options.seconds}
         costs = measure(models, data, options.device, **how)

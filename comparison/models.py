@@ -5,9 +5,8 @@ import importlib
 import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from comparison.connections import X0, DenseFormer, LayerScale, Residual, ReZero
@@ -41,10 +40,10 @@ class Model:
 
     name: str
     base: str
-    rank: int | None = None  # None: what the network has by default
-    k: int = 3
-    arguments: dict = field(default_factory=dict)  # of the block
-    own: dict = field(default_factory=dict)  # the recipe's fields that are its own
+    rank: int | None  # None: what the network has by default
+    k: int
+    arguments: dict  # of the block
+    own: dict  # the recipe's fields that are its own
 
     @staticmethod
     def parse(name: str) -> "Model":
@@ -77,14 +76,10 @@ class Model:
         for each in arguments:
             if not effective[each]:
                 raise argparse.ArgumentTypeError(f"{name!r}: {each} would be ignored")
+        if arguments.get("scale") == 0:
+            raise argparse.ArgumentTypeError(f"{name!r}: scale must be positive")
         own = {f"block_{each}": arguments.pop(each) for each in ("decay", "rate") if each in arguments}
-        model = Model(name, base, int(rank) if rank else None, int(k or 3), arguments, own)
-        try:
-            with torch.device("meta"):  # which draws no random numbers
-                replace(model, rank=None).residual(8, available=1, channel_dim=1)  # a huge rank is for train_seed
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(f"{name!r}: {error}") from None
-        return model
+        return Model(name, base, int(rank) if rank else None, int(k or 3), arguments, own)
 
     def residual(self, dim: int, available: int, *, channel_dim: int, rank: int = 16) -> nn.Module:
         """The residual connection of a layer that has `available` activations to look at.
@@ -103,7 +98,7 @@ class Model:
             case "pa" | "rw+pa":
                 return LAuReL_PA(dim, k, **options)
             case "rw+lr+pa":  # eq. 6: a low-rank pair for each activation
-                return LAuReL_PA(dim, k, **{"shared": False, **options})
+                return LAuReL_PA(dim, k, shared=False, **options)
             case "rezero":
                 return ReZero()
             case "layerscale":

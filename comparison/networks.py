@@ -44,7 +44,7 @@ class SmallCNN(nn.Module):
             self.stages = nn.ModuleList()
             channels = 16
             for i, (width, n) in enumerate(zip(widths, self.layers)):
-                down = nn.Sequential(conv(channels, width), nn.MaxPool2d(2), nn.BatchNorm2d(width), nn.GELU())
+                down = nn.Sequential(Conv(channels, width), nn.MaxPool2d(2), nn.BatchNorm2d(width), nn.GELU())
                 branches = [self.branch(width) for _ in range(n)]
                 self.stages.append(Stage(down, branches, width, model, seed=1000 * seed + 100 * i + 1))
                 channels = width
@@ -56,7 +56,7 @@ class SmallCNN(nn.Module):
     @staticmethod
     def branch(width: int) -> nn.Sequential:
         """f: the same for every model."""
-        return nn.Sequential(conv(width, width), nn.BatchNorm2d(width), nn.GELU())
+        return nn.Sequential(Conv(width, width), nn.BatchNorm2d(width), nn.GELU())
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.gelu(self.whitening(x))
@@ -80,7 +80,7 @@ class ResNet(nn.Module):
     def __init__(self, model: Model, seed: int, data: Data, n: int = 3) -> None:
         super().__init__()
         with seeded(seed):
-            self.stem = nn.Sequential(conv(3, 16), nn.BatchNorm2d(16), nn.ReLU())
+            self.stem = nn.Sequential(Conv(3, 16), nn.BatchNorm2d(16), nn.ReLU())
             self.stages = nn.ModuleList()
             channels = 16
             for i, width in enumerate(self.widths):
@@ -109,16 +109,15 @@ class Shortcut(nn.Module):
         return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.new)) if self.new else x
 
 
-def conv(channels: int, width: int) -> nn.Conv2d:
-    return Conv(channels, width, kernel_size=3, padding=1, bias=False)
-
-
 class Conv(nn.Conv2d):
     """A 3×3 convolution. Of a single pixel, whose neighbours are padding, only the filters' centres are multiplied.
 
     oneDNN computes the gradient of all nine. Its threads wait for each other so often in it, without sleeping, that it
     takes a hundred times as long where another process has one of the cores.
     """
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__(channels, width, kernel_size=3, padding=1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[2:] == (1, 1):
@@ -200,8 +199,9 @@ def build(arch: str, model: Model, seed: int, data: Data, smallest: int | None =
     """
     if isinstance(data, Text):
         return ARCHS[arch](model, seed, data)
-    size, network = smallest or data.size, ARCHS[arch](model, seed, data)
+    size = smallest or data.size
     try:
+        network = ARCHS[arch](model, seed, data)
         with torch.no_grad():
             network.eval()(torch.zeros(1, 3, size, size))
     except (RuntimeError, IndexError, ValueError) as error:

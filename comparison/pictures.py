@@ -7,6 +7,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from comparison.files import atomic_write
 from comparison.report import label, measured, paired_test, summarize, title
 
@@ -213,7 +215,7 @@ def draw_learned_by_layer(by_model: dict[str, list[dict]], style: dict) -> "Figu
     rotation = 90 if len(layers) > 9 else 0
     for panel, symbol, key in zip(lines, "αβ", ("alpha", "beta")):
         for name, runs in by_model.items():
-            if any(key in run["learned"] for run in runs):
+            if key in runs[0]["learned"]:
                 mean, sd = by_layer(runs, key)
                 panel.errorbar(layers, mean, yerr=sd, capsize=3, **style[name])
         panel.set(xlabel="layer (stage.layer)", ylabel=symbol)
@@ -268,7 +270,5 @@ def draw_learned_by_epoch(by_model: dict[str, list[dict]], style: dict) -> "Figu
 
 def over_seeds(values: list) -> tuple:
     """Mean and standard deviation over the first dimension; 0 for the latter where there is one seed."""
-    import numpy as np
-
     array = np.array(values)
     return array.mean(axis=0), array.std(axis=0, ddof=min(1, len(array) - 1))

@@ -13,19 +13,16 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.flop_counter import FlopCounterMode
 
 from comparison.console import UserError
-from comparison.data import synthetic
 from comparison.device import Stopwatch, autocast, compile_all, rotated, synchronize
 from comparison.folder import Data
-from comparison.text import synthetic_text
 
 
-def made_up(text: bool, batch: int, image_size: int | None) -> Data:
-    """Made-up bytes or images, as many as a batch has.
+def made_up(data: Data, batch: int, image_size: int | None) -> Data:
+    """As many of the made-up bytes or images as a batch has.
 
     Raises:
         UserError: there are not so many.
     """
-    data = synthetic_text() if text else synthetic()
     if batch > data.train_size:
         raise UserError(f"--profile has {data.train_size} {data.examples}, fewer than --batch-size {batch}")
     data = data.limit(batch)
@@ -147,7 +144,6 @@ def peak_bytes(model: nn.Module, step: Callable[[], object], device: torch.devic
     """The most memory that the model and one step of it take on a CUDA device; None elsewhere."""
     if device.type != "cuda":
         return None
-    model.zero_grad()
     others = torch.cuda.memory_allocated(device) - sum(p.untyped_storage().nbytes() for p in model.parameters())
     torch.cuda.reset_peak_memory_stats(device)
     step()

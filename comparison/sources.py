@@ -63,7 +63,7 @@ def load_cifar(cifar: type[CIFAR10], data_dir: Path) -> Dataset:
     title, kept, variable = f"CIFAR-{classes}", f"cifar{classes}.pt", f"CIFAR{classes}_DIR"
     sources: list[tuple[str, Callable[[], dict[str, Tensor]]]] = []
     for folder in dict.fromkeys([data_dir, Path(os.environ.get(variable) or data_dir)]):
-        sources.append((str(folder / kept), partial(read_cache, folder / kept)))
+        sources.append((str(folder / kept), partial(torch.load, folder / kept, weights_only=True)))
         sources.append((str(folder / cifar.base_folder), partial(read_batches, cifar, folder / cifar.base_folder)))
         sources.append((str(folder / cifar.filename), partial(read_archive, cifar, folder / cifar.filename)))
     read = partial(read_archive, cifar)
@@ -102,7 +102,7 @@ def first_whole(
             content = read()
             check(content)
         except Exception as error:  # whatever is wrong with one source, the next may have the data
-            failed.append(f"{name}: {error}")
+            failed.append(f"{name}: {getattr(error, 'strerror', None) or error}")  # strerror: without the path
             if not isinstance(error, FileNotFoundError):
                 say(f"{title} not from {failed[-1]}")
             continue
@@ -129,13 +129,6 @@ def check_arrays(cifar: type[CIFAR10], arrays: dict[str, Tensor]) -> None:
     for name, expected in SHA256.items():
         if hashlib.sha256(arrays[name].numpy()).hexdigest() != expected:
             raise ValueError(f"{name} are not those of CIFAR-10 (SHA-256 differs): tampered with, or broken")
-
-
-def read_cache(path: Path) -> dict[str, Tensor]:
-    """What an earlier run left."""
-    if not path.is_file():
-        raise FileNotFoundError("no such file")
-    return torch.load(path, weights_only=True)
 
 
 def read_batches(cifar: type[CIFAR10], path: Path) -> dict[str, Tensor]:
@@ -250,8 +243,6 @@ def check_enwik8(content: bytes) -> None:
 
 
 def read_enwik8(path: Path) -> bytes:
-    if not path.is_file():
-        raise FileNotFoundError("no such file")
     match path.suffix:
         case ".zip":
             with zipfile.ZipFile(path) as archive:

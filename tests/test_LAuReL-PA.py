@@ -131,6 +131,7 @@ def test_the_text_that_the_files_share_is_the_same():
     """Each file stands alone, so that the weighted sum stands in all three; none may go its own way."""
     modules = [importlib.import_module(name) for name in ("LAuReL", "LAuReL-LR", "LAuReL-PA")]
     assert len({inspect.getsource(module.bounded) for module in modules}) == 1
+    assert inspect.getsource(modules[1].product) == inspect.getsource(modules[2].product)
     assert inspect.getsource(modules[1].LAuReL_LR.weights) == inspect.getsource(modules[2].LAuReL_PA.weights)
 
 

@@ -9,7 +9,7 @@ import torchvision
 
 from comparison.data import normalize
 from comparison.models import MODELS, Model
-from comparison.networks import ARCHS, Shortcut, SmallCNN, conv, whitening_filters
+from comparison.networks import ARCHS, Conv, Shortcut, SmallCNN, whitening_filters
 
 
 @pytest.fixture(scope="module", params=["small", "resnet20", "vit", "resnet18", "resnet50"])
@@ -52,7 +52,7 @@ def test_seeds_differ_and_building_a_model_leaves_the_random_numbers_alone(data)
 
 
 def test_of_a_single_pixel_a_convolution_is_that_of_the_whole_filters():
-    convolution, x = conv(5, 7).double(), torch.randn(4, 5, 1, 1, dtype=torch.float64, requires_grad=True)
+    convolution, x = Conv(5, 7).double(), torch.randn(4, 5, 1, 1, dtype=torch.float64, requires_grad=True)
     found, expected = convolution(x), F.conv2d(x, convolution.weight, padding=1)
     torch.testing.assert_close(found, expected)
     g = torch.randn_like(found)

@@ -2,7 +2,6 @@ import json
 import re
 import runpy
 import shlex
-import shutil
 import warnings
 from dataclasses import asdict
 
@@ -134,19 +133,19 @@ def test_code_of_the_pages_runs(page, block, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_the_script_beside_the_results_runs(tmp_path, monkeypatch, data):
-    path = tmp_path / "results" / "airbench94" / "race.py"
-    path.parent.mkdir(parents=True)
-    shutil.copy(ROOT / "results" / "airbench94" / "race.py", path)
     monkeypatch.syspath_prepend(ROOT)
+    main = runpy.run_path(str(ROOT / "results" / "airbench94" / "race.py"))["main"]
     contestants = ["small:1", "small:2", "airbench:1", "airbench:2"]
     for seeds in ("1", "1-1"):  # the second is added to the first
-        runpy.run_path(str(path))["main"](["--seeds", seeds, *contestants], data.limit(150).hold_out(50))
-    runs = json.loads((path.parent / "race.json").read_text())["runs"]
+        main(["--seeds", seeds, "--out", str(tmp_path), *contestants], data.limit(150).hold_out(50))
+    with pytest.raises(SystemExit, match="another race"):
+        main(["--out", str(tmp_path), *contestants[:2]], data)
+    runs = json.loads((tmp_path / "race.json").read_text())["runs"]
     assert sorted(run["seed"] for run in runs) == [0] * 4 + [1] * 4
     finished = [f"{run['network']}:{run['epochs']}" for run in runs if run["seed"] == 0]
     assert finished == ["small:1", "airbench:1", "small:2", "airbench:2"]
     assert all(run["test_loss"] > 0 and run["train_seconds"] > 0 for run in runs)
-    assert (path.parent / "race.png").exists()
+    assert (tmp_path / "race.png").exists()
 
 
 @pytest.mark.download

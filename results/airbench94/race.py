@@ -1,10 +1,10 @@
 """Accuracy over training seconds: this script's networks and recipe against those of airbench94_muon.
 
-    python results/airbench94/race.py [--seeds N] [--data-dir DIR] [NETWORK:EPOCHS …]
+    python results/airbench94/race.py [--seeds N] [--data-dir DIR] [--out DIR] [NETWORK:EPOCHS …]
 
 All of a seed train side by side, on the same batches, in turns of order. Those with fewer epochs end earlier, so ratios
-of their seconds can be trusted where nothing else uses the machine. Leaves race.json and race.png beside this file, to
-which further seeds of the same race are added, and prints when each recipe reaches an accuracy.
+of their seconds can be trusted where nothing else uses the machine. Prints when each recipe reaches an accuracy, and
+leaves race.png and race.json in --out; further seeds of the same race are added there.
 """
 
 import argparse
@@ -22,19 +22,17 @@ from matplotlib.ticker import LogFormatter
 from torch import Tensor, nn
 from torchvision.datasets import CIFAR10
 
-HERE = Path(__file__).resolve().parent
-FILE = HERE / "race.json"
-sys.path.insert(0, str(HERE.parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from comparison.data import Dataset, resize, seeded, whole_batches  # noqa: E402
-from comparison.device import Stopwatch, autocast, default_precision, device_name, keep_memory, rotated  # noqa: E402
-from comparison.models import Model  # noqa: E402
-from comparison.muon import Muon  # noqa: E402
-from comparison.networks import build, whitening_filters  # noqa: E402
-from comparison.pictures import subplots  # noqa: E402
-from comparison.sources import load_cifar  # noqa: E402
-from Test import seeds  # noqa: E402
-from TrainUtil import IMAGES, TrainState, evaluate  # noqa: E402
+from comparison.data import Dataset, resize, seeded, whole_batches
+from comparison.device import Stopwatch, autocast, default_precision, device_name, keep_memory, rotated
+from comparison.models import Model
+from comparison.muon import Muon
+from comparison.networks import build, whitening_filters
+from comparison.pictures import subplots
+from comparison.sources import load_cifar
+from Test import seeds
+from TrainUtil import IMAGES, TrainState, evaluate
 
 CONTESTANTS = ["small:3", "small:6", "medium:5", "medium:11", "airbench:1", "airbench:2", "airbench:4", "airbench:6"]
 LEVELS = (0.85, 0.87, 0.88, 0.89, 0.90, 0.91, 0.92, 0.93)
@@ -177,6 +175,7 @@ def main(argv: list[str] | None = None, data: Dataset | None = None) -> None:
     parser.add_argument("--seeds", type=seeds, default=[0, 1, 2], help="as Test.py's")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--data-dir", type=Path, default=Path("data"))
+    parser.add_argument("--out", type=Path, default=Path("runs/airbench94"))
     options = parser.parse_args(argv)
     keep_memory()
     torch.set_num_threads(options.threads)
@@ -185,21 +184,26 @@ def main(argv: list[str] | None = None, data: Dataset | None = None) -> None:
     config = {"precision": precision, "device_name": device_name(data.device), "torch": torch.__version__}
     config["contestants"] = options.contestants
     contestants = {name: int(name.partition(":")[2]) for name in options.contestants}
+    options.out.mkdir(parents=True, exist_ok=True)
     for seed in options.seeds:
+        stored(options.out, config)  # refuses what could not be added, before the work
         runs = race(contestants, data, seed, precision)
-        runs += [run for run in stored(config) if run["seed"] != seed]
-        FILE.write_text(json.dumps({"config": config, "runs": runs}, indent=1) + "\n")
-    show(config, stored(config))
+        runs += [run for run in stored(options.out, config) if run["seed"] != seed]
+        (options.out / "race.json").write_text(json.dumps({"config": config, "runs": runs}, indent=1) + "\n")
+    show(config, runs, options.out / "race.png")
 
 
-def stored(config: dict) -> list[dict]:
-    """The runs of earlier seeds, those of the same race."""
-    found = json.loads(FILE.read_text()) if FILE.exists() else {}
-    return found["runs"] if found.get("config") == config else []
+def stored(out: Path, config: dict) -> list[dict]:
+    """The runs of earlier seeds."""
+    path = out / "race.json"
+    found = json.loads(path.read_text()) if path.exists() else {"config": config, "runs": []}
+    if found["config"] != config:
+        sys.exit(f"{path} is of another race ({found['config']}); --out names another folder")
+    return found["runs"]
 
 
-def show(config: dict, runs: list[dict]) -> None:
-    """Draws race.png, and prints when each recipe reaches an accuracy."""
+def show(config: dict, runs: list[dict], path: Path) -> None:
+    """Draws the picture, and prints when each recipe reaches an accuracy."""
     ours, theirs = curve(runs, {run["network"] for run in runs} - {"airbench"}), curve(runs, {"airbench"})
     figure, (axes,) = subplots(1, 6, 4)
     for label, points in {"Test.py": ours, "airbench94_muon": theirs}.items():
@@ -209,7 +213,7 @@ def show(config: dict, runs: list[dict]) -> None:
     axes.xaxis.set_major_formatter(LogFormatter())
     axes.xaxis.set_minor_formatter(LogFormatter())
     axes.legend()
-    figure.savefig(HERE / "race.png", dpi=120)
+    figure.savefig(path, dpi=120)
     print("| test accuracy % | Test.py, s | airbench94_muon, s | ratio |\n|---|---|---|---|")
     for level in LEVELS:
         mine, other = seconds_at(level, ours), seconds_at(level, theirs)
