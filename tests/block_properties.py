@@ -41,10 +41,6 @@ def bounded(w: Tensor, bound: str, scale: float) -> tuple[Tensor, Tensor]:
     return w[0], w[1]
 
 
-def double_state(block: nn.Module) -> dict[str, Tensor]:
-    return {name: p.detach().double() for name, p in block.named_parameters()}
-
-
 def randomize(block: nn.Module) -> nn.Module:
     """Away from the start, where B is zero and α and β are one."""
     generator = torch.Generator().manual_seed(1)
@@ -103,7 +99,8 @@ class BlockProperties:
 
     def expected(self, block: nn.Module, variant: str, xs: list[Tensor], fx: Tensor, channel_dim: int = -1) -> Tensor:
         xs, fx = [x.double().movedim(channel_dim, -1) for x in xs], fx.double().movedim(channel_dim, -1)
-        return self.equation(double_state(block), self.variants[variant][0], xs, fx).movedim(-1, channel_dim)
+        state = {name: p.detach().double() for name, p in block.named_parameters()}
+        return self.equation(state, self.variants[variant][0], xs, fx).movedim(-1, channel_dim)
 
     # What it computes
 

@@ -14,8 +14,8 @@ LAuReL_LR = importlib.import_module("LAuReL-LR").LAuReL_LR
 LAuReL_PA = importlib.import_module("LAuReL-PA").LAuReL_PA
 D, R = 16, 4
 KINDS = {
-    "RW": lambda **options: LAuReL(**options),
-    "RW per dimension": lambda **options: LAuReL(dim=D, **options),
+    "RW": LAuReL,
+    "RW per dimension": partial(LAuReL, D),
     "LR": partial(LAuReL_LR, D, R),
     "RW+LR": partial(LAuReL_LR, D, R, residual_weights=True),
     "PA": partial(LAuReL_PA, D, rank=R),
@@ -24,7 +24,7 @@ KINDS = {
 }
 ALL_KINDS = {
     **KINDS,
-    "RW single": lambda **options: LAuReL(bound="single", **options),
+    "RW single": partial(LAuReL, bound="single"),
     "LR with a norm": lambda **options: LAuReL_LR(D, R, norm=Norm(options.get("channel_dim", -1)), **options),
     "RW+PA": partial(LAuReL_PA, D, rank=R, residual_weights=True),
 }

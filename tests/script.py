@@ -143,7 +143,7 @@ def columns_of(table: dict) -> dict[str, list[str]]:
 
 def runs_of(accuracies: dict[str, list[float]], **more) -> list[dict]:
     """Runs with these accuracies, and losses that are one minus these."""
-    common = {"parameters": 10, "train_seconds": 1.0, "images_per_second": 1.0, "compile_seconds": 0.0}
+    common = {"parameters": 10, "train_seconds": 1.0, "compile_seconds": 0.0}
     common |= {"diverged": None, "step_ratio": 1.0, "step_ratio_quartiles": [0.9, 1.2], **more}
     return [
         {"model": model, "seed": seed, "test_accuracy": value, "test_loss": 1 - value, "bits_per_byte": None, **common}

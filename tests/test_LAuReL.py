@@ -47,13 +47,6 @@ def test_scalar_weights_take_any_shape():
         assert LAuReL()(torch.ones(shape), torch.ones(shape)).shape == shape
 
 
-def test_vectors_hold_alphas_values_first():
-    block = LAuReL(dim=2, bound="none")
-    with torch.no_grad():
-        block.w.copy_(torch.tensor([3.0, 4.0, 5.0, 6.0]))
-    assert (block.alpha.tolist(), block.beta.tolist()) == ([3, 4], [5, 6])
-
-
 def test_complex_numbers_have_the_gradients_of_the_obvious_form():
     block = LAuReL(bound="none")
     x, fx, grad = torch.randn(3, 4, D, dtype=torch.complex64)

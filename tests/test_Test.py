@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from script import PICTURES, POSIX, SYNTHETIC, one_layer, run, start
+from script import PICTURES, POSIX, SYNTHETIC, one_layer, results, run, start
 from torchvision.datasets import CIFAR10
 from torchvision.transforms.functional import to_pil_image
 
@@ -27,8 +27,8 @@ from comparison.text import LENGTH
 
 def test_a_whole_run_leaves_its_files(finished):
     _, out = finished
-    results = json.loads((out / "results.json").read_text())
-    config, runs = results["config"], results["runs"]
+    stored = json.loads((out / "results.json").read_text())
+    config, runs = stored["config"], stored["runs"]
     assert {
         "models",
         "epochs",
@@ -70,7 +70,7 @@ def test_a_whole_run_leaves_its_files(finished):
 
 def test_the_table_is_that_of_the_results(finished):
     said, out = finished
-    runs = json.loads((out / "results.json").read_text())["runs"]
+    runs = results(out)
     table = {
         cells[0]: cells[1:]
         for line in said.splitlines()
@@ -95,7 +95,7 @@ def test_a_study_of_text_has_bits_per_byte_in_place_of_accuracy(tmp_path, capsys
     options = ["--dataset", "synthetic", "--arch", "gpt6", "--limit", "16", "--hold-out", "16", "--epochs", "1"]
     options += ["--seeds", "2"]
     assert Test.main([*options, "--models", "residual", "pa:rank=none", "--out", str(tmp_path)]) == 0
-    runs = json.loads((tmp_path / "results.json").read_text())["runs"]
+    runs = results(tmp_path)
     for one in runs:
         assert one["test_accuracy"] is one["history"][-1]["test_accuracy"] is None
         assert one["bits_per_byte"] == pytest.approx(one["test_loss"] / math.log(2))
@@ -343,7 +343,7 @@ def test_an_image_that_is_broken_ends_a_study_with_what_it_had(tmp_path, capsys)
     assert "| residual |" in captured.out  # its table is printed
     path.write_bytes(whole)
     assert Test.main([*options, "--models", "residual", "rw"]) == 0
-    runs = json.loads((tmp_path / "out" / "results.json").read_text())["runs"]
+    runs = results(tmp_path / "out")
     assert [(run["model"], run["step_ratio"]) for run in runs] == [("residual", 1.0), ("rw", None)]
 
 

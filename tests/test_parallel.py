@@ -1,4 +1,3 @@
-import json
 import os
 import re
 import signal
@@ -146,7 +145,7 @@ def test_interrupting_keeps_what_has_finished(tmp_path):
         process.kill()
     said = (tmp_path / "said").read_text()
     assert process.exitcode == 130, said
-    runs = json.loads((out / "results.json").read_text())["runs"]
+    runs = results(out)
     assert f"{len(runs)} runs have finished" in said
     assert "Traceback" not in said
     assert f"| {runs[0]['model']} " in said

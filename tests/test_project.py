@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 import pytest
 from packaging.requirements import Requirement
-from script import ROOT, run, together
+from script import ROOT, results, run, together
 from torchvision.datasets import CIFAR10
 
 import Test
@@ -155,7 +155,7 @@ def test_one_short_run_on_the_real_data(tmp_path):
     options += ["--data-dir", str(tmp_path / "data"), "--out", str(tmp_path / "out")]
     done = run(*options)
     assert done.returncode == 0, done.stderr
-    (one,) = json.loads((tmp_path / "out" / "results.json").read_text())["runs"]
+    (one,) = results(tmp_path / "out")
     assert one["test_accuracy"] > 0.25
     assert "CIFAR-10, tested on 1000 held-out training images, 5,000 training images" in done.stdout
     # What it left for the next time, checked against its SHA-256

@@ -165,22 +165,11 @@ def assert_left_whole(folder: Path, small: dict[str, torch.Tensor]) -> None:
     assert all(torch.equal(cached[name], array) for name, array in small.items())
 
 
-def test_reads_torchvisions_unpacked_layout(folder, small, batch_files):
-    put_batches(folder, batch_files)
-    assert_is(load_cifar(CIFAR10, folder), small)
-
-
 def test_reads_the_archive(folder, small, archive):
     folder.mkdir()
     (folder / CIFAR10.filename).write_bytes(archive)
     assert_is(load_cifar(CIFAR10, folder), small)
     assert_left_whole(folder, small)
-
-
-def test_reads_the_folder_of_the_environment_variable(folder, small, batch_files, tmp_path, monkeypatch):
-    put_batches(tmp_path / "elsewhere", batch_files)
-    monkeypatch.setenv("CIFAR10_DIR", str(tmp_path / "elsewhere"))
-    assert_is(load_cifar(CIFAR10, folder), small)
 
 
 def test_downloads_the_archive_and_keeps_what_it_held(folder, small, archive, monkeypatch, capsys):

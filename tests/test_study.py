@@ -29,13 +29,13 @@ resource = pytest.importorskip("resource") if os.name == "posix" else None
 
 def test_what_has_finished_is_read_and_not_repeated(finished, tmp_path, capsys):
     out = shutil.copytree(finished[1], tmp_path / "out")
-    before = json.loads((out / "results.json").read_text())["runs"]
+    before = results(out)
     options = [*SYNTHETIC, "--models", "residual", "rw", "rw+lr+pa@4/2", "--seeds", "2", "--out", str(out)]
     assert Test.main(options) == 0
     printed = capsys.readouterr().out
     assert "6 of 6 runs are in" in printed
     assert "images/s," not in printed
-    assert json.loads((out / "results.json").read_text())["runs"] == before
+    assert results(out) == before
     assert Test.main([*SYNTHETIC, "--models", "lr", "residual", "--seeds", "3", "--out", str(out)]) == 0
     printed = capsys.readouterr().out
     assert "2 of 6 runs are in" in printed
@@ -275,7 +275,7 @@ def test_a_run_that_diverges_is_recorded_and_the_others_go_on(tmp_path, monkeypa
     options = [*STUDY, "--epochs", "2", "--models", "residual", "rw", "--out", str(tmp_path)]
     assert Test.main(options) == 0
     printed = capsys.readouterr().out
-    runs = {(run["model"], run["seed"]): run for run in json.loads((tmp_path / "results.json").read_text())["runs"]}
+    runs = {(run["model"], run["seed"]): run for run in results(tmp_path)}
     assert len(runs) == 4
     assert [key for key, run in runs.items() if run["diverged"]] == [("rw", 1)]
     bad = runs["rw", 1]
@@ -361,7 +361,7 @@ def test_a_full_disk_ends_with_what_was_computed(size, finished, tmp_path):
         assert re.search(r"^\| rw ", text, flags=re.MULTILINE)
     assert json.loads(after["results.json"])["runs"] == json.loads(before["results.json"])["runs"]
     assert Test.main(options) == 0
-    assert len(json.loads((out / "results.json").read_text())["runs"]) == 9
+    assert len(results(out)) == 9
 
 
 @POSIX
