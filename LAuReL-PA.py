@@ -60,7 +60,7 @@ class LAuReL_PA(nn.Module):
     is low-rank, so that its terms move as fast as LR's one. After a loop that fills every matrix of a model, such as
     nn.Transformer's, call ``reset_parameters()``. Let Adam train A and B (0.0003 to 0.003 were tried in a GPT), or Muon
     at 0.002, not at the 0.02 of other matrices (torch's takes only shared ones); give gamma and ``w`` a group without
-    weight decay, at 0.003 to 0.01.
+    weight decay, at 0.003 (in a GPT) to 0.01 (in a CNN).
 
     Args:
         dim: D, the size of the channel dimension.
