@@ -192,6 +192,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         if options.device.type == "mps":
             parser.error("torchrun works with --device cpu and cuda, not with mps")
         if options.device.type == "cuda":
+            if here > (there := torch.cuda.device_count()):
+                parser.error(f"torchrun started {here} processes on this machine, which has {there} GPUs")
             options.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     options.arch = options.arch or ("gpt" if options.dataset == "enwik8" else "small")
     text_arch = options.arch in TEXT_ARCHS
@@ -227,6 +229,8 @@ def main(argv: list[str] | None = None) -> int:
         if options.draw:
             return max(draw_again(out, options.against) for out in options.draw) if first_process() else 0
         torch.set_num_threads(options.threads)
+        keep_memory()
+        torch.backends.cudnn.deterministic = True
         if options.device.type == "cuda" and options.device.index is not None:
             torch.cuda.set_device(options.device)
         with process_group(options.device):
@@ -236,6 +240,9 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(error, file=sys.stderr)
         return error.code
+    except BrokenPipeError:
+        print("Nobody reads the output any more.", file=sys.stderr)
+        return 1
     except OSError as error:
         print(describe(error, options.out), file=sys.stderr)
         return 2
@@ -284,8 +291,6 @@ def train_seed(
     seed: int, names: list[str], options: argparse.Namespace, data: Data, recipe: TrainUtil.Recipe, **how
 ) -> list[dict]:
     """Returns the entries in results.json of some models with one seed; `how` are checkpoint and report."""
-    keep_memory()
-    torch.backends.cudnn.deterministic = True
     models = [Model.parse(name) for name in names]
     how |= {"precision": options.precision, "compile": options.compile, "accumulate": options.accumulate}
     advice = f"try a smaller --batch-size than {recipe.batch_size}, a larger --accumulate than {options.accumulate}, a "
@@ -420,7 +425,6 @@ def profile(options: argparse.Namespace) -> int:
     if path.exists():
         raise UserError(f"--out {options.out} holds another profile; name a new folder")
     options.out.mkdir(parents=True, exist_ok=True)
-    keep_memory()
     config = configuration(vars(options))
     with compiler_errors(), memory_errors("try a smaller --batch-size, --image-size or rank, or fewer --models"):
         data = made_up(load_data(options), options.batch_size, options.image_size)

@@ -17,7 +17,6 @@ from pathlib import Path
 from types import MappingProxyType
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from comparison.connections import X0, DenseFormer, LayerScale, ReZero
@@ -28,7 +27,7 @@ from comparison.distributed import all_reduce_sum, broadcast, processes, synchro
 from comparison.files import atomic_write, save_torch
 from comparison.folder import Data
 from comparison.muon import Muon
-from comparison.networks import learned
+from comparison.networks import cross_entropy, learned
 from comparison.text import LENGTH, Text
 from LAuReL import LAuReL
 
@@ -208,11 +207,6 @@ class TrainState:
         self.history, self.seconds = state["history"], state["seconds"]
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, **options) -> Tensor:
-    """In nats, of images (N, classes) or of each byte of a text (N, length, classes)."""
-    return F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), **options)
-
-
 def train(
     models: Mapping[str, nn.Module],
     data: Data,
@@ -271,7 +265,7 @@ def train(
     if compile:
         calls = compile_all(models, accumulate)
         for name, model in models.items():
-            compile_seconds[name] = warm_up(model, calls[name], data, recipe, precision, accumulate, test_batch)
+            compile_seconds[name] = warm_up(model, calls[name], data, recipe, precision, accumulate)
     steps_per_epoch = whole_batches(n, recipe.batch_size)
     steps = recipe.epochs * steps_per_epoch
     states = {
@@ -310,10 +304,10 @@ def train(
     return {
         name: {
             "epochs": len(state.history),
-            "test_loss": state.history[-1]["test_loss"],
-            "test_accuracy": state.history[-1]["test_accuracy"],
-            "bits_per_byte": bits(state.history[-1]["test_loss"]) if text else None,
-            "diverged": state.history[-1]["epoch"] if state.diverged else None,
+            "test_loss": last["test_loss"],
+            "test_accuracy": last["test_accuracy"],
+            "bits_per_byte": last["test_loss"] / math.log(2) if text and not state.diverged else None,
+            "diverged": last["epoch"] if state.diverged else None,
             "train_seconds": sum(state.seconds),
             "images_per_second": None,  # of text
             f"{data.unit}_per_second": len(state.seconds) * batch * data.units / sum(state.seconds),
@@ -322,11 +316,8 @@ def train(
             "history": state.history,
         }
         for name, state in states.items()
+        for last in state.history[-1:]
     }
-
-
-def bits(nats: float | None) -> float | None:
-    return None if nats is None else nats / math.log(2)
 
 
 def step_ratio(mine: list[float], base: list[float]) -> dict:
@@ -373,17 +364,11 @@ def restore(checkpoint: Path | None, states: Mapping[str, TrainState]) -> None:
 
 
 def warm_up(
-    model: nn.Module,
-    network: Callable,
-    data: Data,
-    recipe: Recipe,
-    precision: str,
-    accumulate: int = 1,
-    test_batch: int = 1000,
+    model: nn.Module, network: Callable, data: Data, recipe: Recipe, precision: str, accumulate: int = 1
 ) -> float:
-    """Compiles the training and the test step of network, which is the model under torch.compile.
+    """Compiles the training step of network, which is the model under torch.compile; the test is compiled in the first.
 
-    Leaves the model as it was, and returns the seconds that it took.
+    Leaves weights and buffers as they were, and returns the seconds that it took.
 
     Raises:
         UserError: it can't be compiled, for lack of a C++ compiler for one.
@@ -401,7 +386,6 @@ def warm_up(
                     logits = network(resize(parts[i], size))
                 cross_entropy(logits, labels[i]).backward()
                 model.zero_grad()
-        evaluate({"": network}, data, precision, test_batch)
     model.load_state_dict(state)
     return time.perf_counter() - start
 

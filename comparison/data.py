@@ -70,8 +70,8 @@ class Dataset:
         return replace(self, name=f"{self.name}, tested on {n} held-out training images", **train, **test)
 
     def sample(self, n: int) -> Tensor:
-        """The first n training images, on the CPU."""
-        return self.train_images[:n].cpu()
+        """The first n training images."""
+        return self.train_images[:n]
 
     def normalize(self, images: Tensor) -> Tensor:
         return normalize(images, self.statistics)

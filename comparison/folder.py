@@ -40,7 +40,7 @@ class Images(torch.utils.data.Dataset):
             empty = os.path.exists(path) and not os.path.getsize(path)
             return UserError(f"{path} can't be read as an image: {'it is empty' if empty else error}")
         # A hash, as torch takes no more than 32 bits of a seed.
-        seed = int.from_bytes(hashlib.sha256(f"{self.seed} {int(i)}".encode()).digest()[:4], "big")
+        seed = int.from_bytes(hashlib.sha256(f"{self.seed} {i}".encode()).digest()[:4], "big")
         with seeded(seed):
             return self.transform(image), label
 
@@ -87,7 +87,7 @@ class Folder:
         return replace(self, name=name, train=self.train[:-n], test=self.train[-n:])
 
     def sample(self, n: int) -> Tensor:
-        return torch.cat([x for x, _ in self.load(self.train[:n], [range(min(n, len(self.train)))])]).cpu()
+        return torch.cat([x for x, _ in self.load(self.train[:n], [range(min(n, len(self.train)))])])
 
     def normalize(self, images: Tensor) -> Tensor:
         return normalize(images, "ImageNet")

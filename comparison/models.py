@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from comparison.connections import X0, DenseFormer, LayerScale, Residual, ReZero
 from comparison.data import seeded
-from LAuReL import LAuReL
+from LAuReL import BOUNDS, LAuReL
 
+INITS = importlib.import_module("LAuReL-LR").INITS
 LAuReL_LR = importlib.import_module("LAuReL-LR").LAuReL_LR
 LAuReL_PA = importlib.import_module("LAuReL-PA").LAuReL_PA
 
@@ -26,8 +27,8 @@ ARGUMENTS = {
     "dim": {"D": "D"},  # α and β for each channel
     "rank": {"none": None},  # the identity for h
     "shared": {"true": True, "false": False},
-    "bound": {name: name for name in ("softmax", "sigmoid", "single", "none")},
-    "init": {name: name for name in ("xavier", "orthogonal")},
+    "bound": {name: name for name in BOUNDS},
+    "init": {name: name for name in INITS},
     "scale": float,
     "decay": float,
     "rate": float,

@@ -23,6 +23,11 @@ from comparison.text import Text
 from comparison.transformers import GPT, ViT
 
 
+def cross_entropy(logits: Tensor, labels: Tensor, **options) -> Tensor:
+    """In nats, of images (N, classes) or of each byte of a text (N, length, classes)."""
+    return F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), **options)
+
+
 class SmallCNN(nn.Module):
     """A residual network of three stages, 32, 64 and 128 channels wide, with 2, 2 and 3 residual layers.
 

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from comparison.console import UserError
 from comparison.device import Stopwatch, autocast, compile_all, rotated, synchronize
 from comparison.folder import Data
+from comparison.networks import cross_entropy
 
 
 def made_up(data: Data, batch: int, image_size: int | None) -> Data:
@@ -44,7 +45,7 @@ def measure(
     def loss(model: nn.Module) -> Tensor:
         with autocast(device, precision):
             logits = model(x)
-        return F.cross_entropy(logits.float().flatten(0, -2), y.flatten())
+        return cross_entropy(logits, y)
 
     def step(model: nn.Module) -> None:
         loss(model).backward()

@@ -4,7 +4,6 @@ import csv
 import json
 import platform
 import subprocess
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -134,9 +133,6 @@ class Study:
             if (out / "results.json").exists():
                 study = Study.read(out)
                 study.refuse_changes(config)
-                first = study.config.get("git_commit")
-                if first and first != commit:
-                    print(f"--out {out} was started with the code of commit {first}", file=sys.stderr)
                 for name in ("models", "seeds"):
                     study.config[name] = list(dict.fromkeys([*study.config[name], *config[name]]))
                 study.config["against"] = against or study.config["against"]

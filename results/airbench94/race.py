@@ -4,11 +4,12 @@
 
 All of a seed train side by side, on the same batches, in turns of order. Those with fewer epochs end earlier, so ratios
 of their seconds can be trusted where nothing else uses the machine. Prints when each recipe reaches an accuracy, and
-leaves race.png and race.json in --out; further seeds of the same race are added there.
+leaves race.png and race.json in --out; further seeds of the same race are added there, by one process at a time.
 """
 
 import argparse
 import json
+import os
 import statistics
 import sys
 from collections.abc import Mapping
@@ -16,16 +17,19 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as Test.py, before torch
+
 import torch
 import torch.nn.functional as F
 from matplotlib.ticker import LogFormatter
 from torch import Tensor, nn
 from torchvision.datasets import CIFAR10
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 from comparison.data import Dataset, resize, seeded, whole_batches
 from comparison.device import Stopwatch, autocast, default_precision, device_name, keep_memory, rotated
+from comparison.files import atomic_write
 from comparison.models import Model
 from comparison.muon import Muon
 from comparison.networks import build, whitening_filters
@@ -189,7 +193,8 @@ def main(argv: list[str] | None = None, data: Dataset | None = None) -> None:
         stored(options.out, config)  # refuses what could not be added, before the work
         runs = race(contestants, data, seed, precision)
         runs += [run for run in stored(options.out, config) if run["seed"] != seed]
-        (options.out / "race.json").write_text(json.dumps({"config": config, "runs": runs}, indent=1) + "\n")
+        with atomic_write(options.out / "race.json") as path:
+            path.write_text(json.dumps({"config": config, "runs": runs}, indent=1) + "\n")
     show(config, runs, options.out / "race.png")
 
 
