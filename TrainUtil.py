@@ -54,7 +54,7 @@ class Recipe:
     pair_lr: float = 0.01
     block_rate: float = 1.0  # a factor on both
     block_decay: float = 0.0  # weight decay on these parameters
-    warmup: float = 0.05  # part of the steps over which the learning rates rise; then they fall linearly to zero
+    warmup: float = 0.05  # learning rates fall linearly to zero, times a rise over this part of the steps
     label_smoothing: float = 0.1
     max_shift: int = 2  # pixels
     # The images' size up to which part of the steps, by averaging over areas: early steps on small images cost little

@@ -15,7 +15,7 @@ from torch import Tensor
 from comparison.distributed import shard
 
 # Mean and standard deviation of the channels of the training images
-STATISTICS = {
+NORMALIZATION = {
     "CIFAR-10": ((125.3, 123.0, 113.9), (63.0, 62.1, 66.7)),
     "CIFAR-100": ((129.3, 124.1, 112.4), (68.2, 65.4, 70.4)),
     "ImageNet": ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),  # torchvision's weights expect these
@@ -32,7 +32,7 @@ class Dataset:
     test_images: Tensor
     test_labels: Tensor
     classes: int = 10
-    statistics: str = "CIFAR-10"
+    normalization: str = "CIFAR-10"
 
     examples = unit = "images"  # what is trained on, and what is counted
     units = 1  # of those in an example
@@ -74,7 +74,7 @@ class Dataset:
         return self.train_images[:n]
 
     def normalize(self, images: Tensor) -> Tensor:
-        return normalize(images, self.statistics)
+        return normalize(images, self.normalization)
 
     def batches(self, seed: int, epoch: int, batch_size: int, max_shift: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The augmented batches of one epoch, of which this process has its shard; a last partial batch is left out.
@@ -154,8 +154,8 @@ def shift(images: Tensor, dy: Tensor, dx: Tensor, flip: Tensor | None = None) ->
 
 @cache
 def channel_statistics(name: str, device: torch.device) -> Tensor:
-    """STATISTICS[name], (2, 3); cached for each device, as making it synchronizes with a GPU."""
-    return torch.tensor(STATISTICS[name], device=device)
+    """NORMALIZATION[name], (2, 3); cached for each device, as making it synchronizes with a GPU."""
+    return torch.tensor(NORMALIZATION[name], device=device)
 
 
 def normalize(images: Tensor, name: str = "CIFAR-10") -> Tensor:

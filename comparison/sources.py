@@ -80,7 +80,7 @@ def load_cifar(cifar: type[CIFAR10], data_dir: Path) -> Dataset:
         advice=f"Put {cifar.filename} (MD5 {cifar.tgz_md5}) into {data_dir}, or name the folder that holds it with "
         f"--data-dir or {variable}.\nTo try the script without it: --dataset synthetic",
     )
-    return Dataset(title, **arrays, classes=classes, statistics=title)
+    return Dataset(title, **arrays, classes=classes, normalization=title)
 
 
 def first_whole(

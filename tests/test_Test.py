@@ -215,12 +215,16 @@ def test_bad_options_end_in_one_line_before_any_work(options, parts, capsys):
         ("lr", ["--optimizer", "sgd", "--lr", "0.01"]),
         ("accumulate", ["--accumulate", "2"]),
         ("arch", ["--arch", "vit"]),
+        ("precision", ["--precision", "bfloat16"]),
+        ("compile", ["--compile"]),
     ],
 )
 def test_processes_that_train_together_must_have_the_same_options(name, options, data, monkeypatch):
     """Otherwise each would have weights of its own, and nobody would see it."""
     monkeypatch.setattr(Test, "load_data", lambda options: data)
-    first, mine = (Test.parse(["--optimizer", "sgd", "--lr", "0.1", *more]) for more in ([], options))
+    first, mine = (
+        Test.parse(["--optimizer", "sgd", "--lr", "0.1", "--precision", "float32", *more]) for more in ([], options)
+    )
     recipes = [Test.recipe_for(each, data) for each in (first, mine)]
     told = Test.common_settings(first, data, recipes[0])
     monkeypatch.setattr(Test, "broadcast", lambda _: (told, 0, ["residual"]))
@@ -257,9 +261,25 @@ def test_a_transformer_takes_a_single_image(tmp_path):
     assert Test.main([*SYNTHETIC, "--limit", "1", "--models", "rw", "--arch", "vit", "--out", str(tmp_path)]) == 0
 
 
+def test_a_vit_learns_at_a_tenth_of_the_rate_of_the_others(data):
+    rates = [Test.recipe_for(Test.parse(["--arch", arch]), data) for arch in ("resnet18", "vit")]
+    assert [rate.lr for rate in rates] == [rate.pair_lr for rate in rates] == [0.01, 0.001]
+
+
 def test_as_many_threads_are_used_as_are_asked_for(monkeypatch):
     monkeypatch.setattr(Test, "compare", lambda options, argv: torch.get_num_threads())
     assert Test.main(["--threads", "2"]) == 2
+
+
+@pytest.mark.parametrize("options", [["--models", "rw"], ["--profile", "--seconds", "1"]], ids=" ".join)
+def test_training_and_profiling_keep_memory_and_take_the_same_convolutions(options, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(Test, "keep_memory", lambda: calls.append(1))
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
+    for work in ("compare", "profile"):
+        monkeypatch.setattr(Test, work, lambda *_: calls.append(torch.backends.cudnn.deterministic))
+    Test.main([*options, "--out", str(tmp_path)])
+    assert calls == [1, True]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="GNU's OpenMP")

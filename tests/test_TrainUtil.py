@@ -17,6 +17,7 @@ import TrainUtil
 from comparison.data import Dataset
 from comparison.models import Model
 from comparison.networks import SmallCNN
+from comparison.text import synthetic_text
 from comparison.transformers import GPT
 from TrainUtil import Recipe, train
 
@@ -356,6 +357,14 @@ def test_evaluate_counts_the_right_answers(data):
         assert TrainUtil.evaluate({"": model}, data, batch_size=300)[""]["test_accuracy"] == pytest.approx(
             1 - wrong / 1000
         )
+
+
+def test_evaluate_has_the_loss_of_a_byte():
+    data, net = synthetic_text(), GPT(Model.parse("residual"), 0, dim=64, layers=1)
+    x, y = next(data.test_batches(10**6))
+    loss = F.cross_entropy(net(x).flatten(0, 1), y.flatten()).item()
+    found = TrainUtil.evaluate({"": net}, data, batch_size=100)[""]
+    assert found == {"test_loss": pytest.approx(loss), "test_accuracy": None}
 
 
 class Around(nn.Module):

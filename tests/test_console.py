@@ -1,5 +1,6 @@
 import contextlib
 import io
+import os
 import sys
 from functools import partial
 
@@ -8,6 +9,7 @@ import rich
 from rich.console import Console
 from script import POSIX, start
 
+import Test
 from comparison import console
 from comparison.console import print_table
 from comparison.report import table
@@ -83,3 +85,13 @@ def test_only_a_terminal_that_can_show_it_gets_a_live_line(tty, variables, expec
     finally:
         monkeypatch.undo()
         console.set_up_output(quiet=False)
+
+
+def test_an_output_that_nobody_reads_any_more_ends_the_script(finished, monkeypatch, capsys):
+    """As after `python Test.py --draw runs/study | head -1`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with monkeypatch.context() as patch, contextlib.suppress(BrokenPipeError), open(writer, "w") as closed:
+        patch.setattr(sys, "stdout", closed)
+        assert Test.main(["--draw", str(finished[1])]) == 1
+    assert capsys.readouterr().err == "Nobody reads the output any more.\n"

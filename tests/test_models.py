@@ -14,7 +14,7 @@ def test_parameters_added_to_the_language_model_of_table_5():
 
 
 @pytest.mark.parametrize(("name", "most"), [("residual", 2), ("rw+lr", 2), ("pa/2", 9)])
-def test_only_pa_keeps_activations_at_inference(name, most):
+def test_only_what_looks_back_keeps_activations_at_inference(name, most):
     alive, counts = weakref.WeakSet(), []
 
     def branch(x):

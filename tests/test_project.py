@@ -13,6 +13,8 @@ from torchvision.datasets import CIFAR10
 import Test
 import TrainUtil
 from comparison.device import cores
+from comparison.models import Model
+from comparison.networks import ARCHS
 from comparison.report import table
 from comparison.sources import load_cifar
 from comparison.study import Study
@@ -70,7 +72,10 @@ def commands() -> list[str]:
     return list(dict.fromkeys(lines))
 
 
-@pytest.mark.parametrize("stored", sorted(ROOT.glob("results/*/results.json")), ids=lambda path: path.parent.name)
+STORED = sorted(ROOT.glob("results/*/results.json"))
+
+
+@pytest.mark.parametrize("stored", STORED, ids=lambda path: path.parent.name)
 def test_the_pages_have_the_rows_of_every_stored_study(stored):
     study = Study.read(stored.parent)
     rows = table(study.config, study.in_order())["rows"]
@@ -79,6 +84,14 @@ def test_the_pages_have_the_rows_of_every_stored_study(stored):
         rows = [[f"`{stored.parent.name}`", parameters, accuracy, seconds]]
     for row in rows:
         assert any(f"| {' | '.join(row)} |" in text for page, text in PAGES.items() if page.startswith("results/"))
+
+
+@pytest.mark.parametrize("stored", STORED, ids=lambda path: path.parent.name)
+def test_the_networks_are_those_of_the_stored_results(stored, data):
+    study = Study.read(stored.parent)
+    for name, parameters in {one["model"]: one["parameters"] for one in study.runs.values()}.items():
+        network = ARCHS[study.config["arch"]](Model.parse(name), 0, data.limit(100))
+        assert sum(p.numel() for p in network.parameters()) == parameters, name
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ import statistics
 
 import pytest
 import torch
-from scipy import stats
 from script import CONFIG, columns_of, runs_of
 
 from comparison.report import MEASURES, holm, paired_test, seeds_to_find, summarize, table, verdict
@@ -137,13 +136,6 @@ def test_the_number_of_seeds_is_that_of_power_tables(effect, pairs):
     """Those that G*Power 3 has for the difference of two dependent means, two-tailed."""
     assert seeds_to_find(effect) == pairs
     assert seeds_to_find(effect, tests=3) > 1.2 * pairs
-
-
-def test_pairing_takes_out_what_the_seeds_have_in_common():
-    seeds, own = [0.86, 0.87, 0.88, 0.89], [0.004, -0.004, 0.002, 0.0]
-    _, entry = summarize(runs_of({"residual": seeds, "rw": [a + b for a, b in zip(seeds, own)]}))
-    assert entry["test_accuracy"]["sd"] == pytest.approx(100 * stats.tstd(own))
-    assert entry["test_loss"]["sd"] == pytest.approx(stats.tstd(own))
 
 
 def test_pairs_are_those_of_the_seeds_whatever_their_order():

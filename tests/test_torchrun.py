@@ -132,6 +132,7 @@ def test_what_the_first_process_refuses_is_said_once(tmp_path):
         (["--profile"], "0", "no --profile"),
         ([], "1", "name the folder with --out"),
         (["--models", "nothing"], "0", "'nothing'"),
+        (["--device", "cuda"], "0", "2 processes on this machine, which has 1 GPUs"),
     ],
     ids=str,
 )
@@ -139,6 +140,8 @@ def test_what_torchrun_cannot_do_is_said_by_one_process(rank, options, restarts,
     started = {"TORCHELASTIC_RUN_ID": "1", "TORCHELASTIC_MAX_RESTARTS": restarts, "WORLD_SIZE": "2", "RANK": rank}
     for name, value in {**started, "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": rank}.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(SystemExit) as end:
         Test.parse(options)
     assert end.value.code == 2

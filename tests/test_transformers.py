@@ -84,6 +84,16 @@ def test_all_models_of_a_gpt_start_as_one_function_of_only_the_embeddings(arch):
         torch.testing.assert_close(ARCHS[arch](Model.parse(name), 0, None)(tokens), logits, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(
+    ("arch", "layers", "D"), [("gpt6", 6, 128), ("gpt", 12, 128), ("gpt24", 24, 96), ("table5", 24, 768)]
+)
+def test_a_gpt_has_the_layers_and_the_width_that_its_name_stands_for(arch, layers, D):
+    with FakeTensorMode():
+        parameters = sum(p.numel() for p in ARCHS[arch](Model.parse("residual"), 0, None).parameters())
+    norms, ends = (2 * layers + 1) * D, 2 * 256 * D  # embedding and head
+    assert parameters == layers * 12 * D**2 + norms + ends  # attention 4 D², MLP 8 D²
+
+
 def test_a_vit_sees_images_of_every_size_of_the_recipe(data):
     net = ARCHS["vit"](Model.parse("residual"), 0, data)
     for size in (16, 24, 32):
