@@ -58,7 +58,7 @@ class LAuReL_LR(nn.Module):
         bound: ``"softmax"``: (α, β) = scale · softmax(w); ``"sigmoid"``: scale · σ(w); ``"single"``: α = scale · σ(w),
             β = scale − α; ``"none"``: w. They start at scale / 2, or 1. Ignored without residual weights, as scale is.
         scale: the factor above; ``"none"`` ignores it.
-        channel_dim: where D stands: -1 for (…, D), 1 for (N, D, H, W).
+        channel_dim: where D stands: -1 for (…, D), 1 for (N, D, H, W); no error shows a wrong one where W = D.
 
     Shape:
         - x, f(x), output: the same shape, with size D at ``channel_dim``; the output has the dtype of ``x + f(x)``.

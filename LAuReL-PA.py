@@ -46,11 +46,11 @@ class LAuReL_PA(nn.Module):
     r"""Adds a branch, its input and the last k activations: f(x_i) + x_i + Σ γ_j h(x_{i-j}) (LAuReL-PA, §2.3, eq. 4).
 
     The sum runs over j = 0 … k−1, so x_i itself is in it. The block keeps nothing between calls: the caller owns the
-    list of activations, and the block looks at its last k, or at as many as there are. Start a new one where the shape
-    changes (a down-sampling stage), which the paper leaves open. Two cases need a copy:
-
-    - ``checkpoint(residual, tuple(xs), fx, use_reentrant=False)``: of a list, which grows, gradients may be wrong.
-    - ``residual(xs[-k:], fx)`` where blocks are compiled one by one: each length of a list is compiled anew.
+    list of activations, and the block looks at its last k, or at as many as there are: the first blocks of a list leave
+    their last γ_j, and pairs that are not shared, unused. Start a new one where the shape changes (a down-sampling
+    stage), which the paper leaves open. What is checkpointed (with ``use_reentrant=False``) or compiled on its own, the
+    block or its layer, takes a slice, ``layer(xs[-k:])``: of the list itself, which grows, gradients may be wrong, and
+    each of its lengths is compiled anew.
 
     It adds 2rD + k parameters, with ``rank=None``, h(x) = x, k. ``residual_weights=True`` is RW+PA, and with
     ``shared=False`` RW+LR+PA (eq. 6), which adds 2rkD + k + 2.
@@ -72,7 +72,7 @@ class LAuReL_PA(nn.Module):
         bound: ``"softmax"``: (α, β) = scale · softmax(w); ``"sigmoid"``: scale · σ(w); ``"single"``: α = scale · σ(w),
             β = scale − α; ``"none"``: w. They start at scale / 2, or 1. Ignored without residual weights, as scale is.
         scale: the factor above; ``"none"`` ignores it.
-        channel_dim: where D stands: -1 for (…, D), 1 for (N, D, H, W).
+        channel_dim: where D stands: -1 for (…, D), 1 for (N, D, H, W); no error shows a wrong one where W = D.
 
     Shape:
         - xs: a list or tuple of activations x_0, …, x_i, oldest first, not empty. The last k, f(x_i) and the output

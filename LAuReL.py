@@ -42,7 +42,8 @@ class LAuReL(nn.Module):
         dim: D, the size of the channel dimension: α and β of length D (§2.4), in x's dtype. ``None``: scalars.
         bound: one of the four above.
         scale: the factor above; ``"none"`` ignores it.
-        channel_dim: where D stands: -1 for (…, D), 1 for (N, D, H, W). Scalars ignore it.
+        channel_dim: where D stands: -1 for (…, D), 1 for (N, D, H, W); where W = D no error shows a wrong one.
+            Scalars ignore it.
 
     Shape:
         - x, f(x): the same shape, any number of dimensions, with size D at ``channel_dim`` where ``dim`` is given.

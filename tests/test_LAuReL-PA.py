@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from block_properties import BlockProperties, D, bounded, randomize
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 LAuReL_PA = importlib.import_module("LAuReL-PA").LAuReL_PA
@@ -118,6 +119,29 @@ def test_refuses_a_history_that_does_not_fit():
         block(x, x)
     with pytest.raises(ValueError, match=r"same shape.*\(2, 6\).*\(4, 6\).*new list"):
         block([torch.zeros(2, D), x], x)
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.residual = nn.Linear(D, D), LAuReL_PA(D, 3, R)
+
+    def forward(self, xs: list[torch.Tensor]) -> torch.Tensor:
+        return self.residual(xs, self.f(xs[-1]))
+
+
+def test_layers_that_take_slices_are_compiled_once_for_each_length():
+    torch.compiler.reset()
+    layers, xs, graphs = [Layer() for _ in range(12)], [torch.randn(4, D, requires_grad=True)], []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    for layer in layers:
+        layer.compile(fullgraph=True, backend=backend)
+        xs.append(layer(xs[-3:]))
+    assert len(graphs) == 3
 
 
 def test_earlier_activations_in_float32_leave_a_bfloat16_stream_bfloat16():

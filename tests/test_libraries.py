@@ -182,7 +182,7 @@ def llama_pair(make, folder) -> tuple[nn.Module, nn.Module]:
     """A trained model, read from a folder, and the same with blocks."""
     transformers = library("transformers")
 
-    class Layer(importlib.import_module("transformers.models.llama.modeling_llama").LlamaDecoderLayer):
+    class LlamaDecoderLayer(importlib.import_module("transformers.models.llama.modeling_llama").LlamaDecoderLayer):
         def forward(self, x, **kwargs):
             x = self.residual1(x, self.self_attn(self.input_layernorm(x), **kwargs)[0])
             return self.residual2(x, self.mlp(self.post_attention_layernorm(x)))
@@ -192,7 +192,7 @@ def llama_pair(make, folder) -> tuple[nn.Module, nn.Module]:
     )
     random_(transformers.LlamaForCausalLM(config)).save_pretrained(folder)
     plain, model = (transformers.LlamaForCausalLM.from_pretrained(folder).eval() for _ in range(2))
-    give_residuals(model.model.layers, Layer, make)
+    give_residuals(model.model.layers, LlamaDecoderLayer, make)
     return plain, model
 
 
