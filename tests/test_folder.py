@@ -9,7 +9,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.functional import to_pil_image
 
 from comparison.console import UserError
-from comparison.data import STATISTICS
+from comparison.data import NORMALIZATION
 from comparison.folder import Images, load_folder
 from TrainUtil import Recipe, train
 
@@ -71,7 +71,7 @@ def test_tested_images_are_resized_and_cropped_in_the_middle(images):
     assert y.tolist() == [0] * 8 + [1] * 8
     image = Image.open(images / "val" / "cat" / "00.jpg")  # 20×60: 36×108, of which the middle 32×32
     expected = v2.functional.center_crop(v2.functional.resize(v2.functional.pil_to_tensor(image), [36]), [32, 32])
-    mean, std = (torch.tensor(each)[:, None, None] for each in STATISTICS["ImageNet"])
+    mean, std = (torch.tensor(each)[:, None, None] for each in NORMALIZATION["ImageNet"])
     torch.testing.assert_close(x[0], (expected - mean) / std, rtol=0, atol=0.02)
 
 
