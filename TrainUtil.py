@@ -232,7 +232,7 @@ def train(
     Args:
         own: for a model's name, the fields of the recipe that are its own.
         precision: "float32" or "bfloat16", by autocast.
-        compile: with torch.compile, before the first step.
+        compile: with torch.compile, the training step before the first one.
         accumulate: in how many parts, one after the other, a batch is trained on, for less memory. Gradients are the
             whole batch's, but for batch norm, which has the statistics of each part.
         checkpoint: a file that is written after every epoch; of several processes only the first is given one. Where it
