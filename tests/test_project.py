@@ -95,7 +95,7 @@ def test_the_networks_are_those_of_the_stored_results(stored, data):
 
 
 @pytest.mark.parametrize(
-    ("name", "recipe"), [("default", TrainUtil.IMAGES), ("cnn", TrainUtil.IMAGES), ("gpt", TrainUtil.TEXT)]
+    ("name", "recipe"), [("default", TrainUtil.IMAGES), ("cnn", TrainUtil.IMAGES), ("gpt-12-long", TrainUtil.TEXT)]
 )
 def test_the_recipe_is_that_of_the_stored_results(name, recipe):
     assert Study.read(ROOT / "results" / name).config["recipe"] == json.loads(json.dumps(asdict(recipe)))
