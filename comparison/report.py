@@ -193,9 +193,8 @@ def table(config: dict, runs: list[dict]) -> dict:
         row.append("–" if added is None else f"{added:.3f}")
         for measure in measures:
             result = entry[measure.field]
-            row += [spread(result["values"], measure.form), difference(result, measure.form, entry["finished"])]
-            p = f"{result['p_holm']:.2g}" if result["p_holm"] is not None else "–"
-            row += [p, result["verdict"] or "–"] * (seeds > 1)
+            cells = compared(result, measure.form, entry["finished"])
+            row += [spread(result["values"], measure.form), *cells[: 3 if seeds > 1 else 1]]
         ratio = "{:.3f} ({:.3f}–{:.3f})".format(*entry["step_ratio"]) if entry["step_ratio"] else "–"
         row += [ratio] * any(timed) + [spread(entry["seconds"], ".1f")]
         rows.append(row + [spread(entry["compile_seconds"], ".1f")] * config["compile"])
@@ -217,12 +216,13 @@ def table(config: dict, runs: list[dict]) -> dict:
     return {"title": title(config), "columns": columns, "rows": rows, "notes": " ".join(notes)}
 
 
-def difference(result: dict, form: str, finished: int) -> str:
-    """The mean, its interval, and the number of pairs where it is not that of the runs."""
-    pairs = len(result["differences"])
-    if not pairs:
-        return "–"
-    text = f"{statistics.mean(result['differences']):+{form}}"
-    if result["interval"]:
-        text += " [{:+{form}}, {:+{form}}]".format(*result["interval"], form=form)
-    return text + f" ({pairs} pairs)" * (pairs < finished)
+def compared(result: dict, form: str, finished: int) -> list[str]:
+    """Difference, p and verdict; with the mean difference its interval, and the pairs where fewer than the runs."""
+    pairs, difference = len(result["differences"]), "–"
+    if pairs:
+        difference = f"{statistics.mean(result['differences']):+{form}}"
+        if result["interval"]:
+            difference += " [{:+{form}}, {:+{form}}]".format(*result["interval"], form=form)
+        difference += f" ({pairs} pairs)" * (pairs < finished)
+    p = "–" if result["p_holm"] is None else f"{result['p_holm']:.2g}"
+    return [difference, p, result["verdict"] or "–"]

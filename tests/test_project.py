@@ -1,7 +1,9 @@
 import json
+import math
 import re
 import runpy
 import shlex
+import statistics
 import warnings
 from dataclasses import asdict
 
@@ -159,6 +161,20 @@ def test_the_script_beside_the_results_runs(tmp_path, monkeypatch, data):
     assert finished == ["small:1", "airbench:1", "small:2", "airbench:2"]
     assert all(run["test_loss"] > 0 and run["train_seconds"] > 0 for run in runs)
     assert (tmp_path / "race.png").exists()
+
+
+def test_differences_by_epoch_are_those_of_the_runs_and_end_as_the_table(capsys, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    runpy.run_path(str(ROOT / "results" / "epochs.py"))["main"](str(ROOT / "results" / "gpt-12-long"))
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    printed = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    study = Study.read(ROOT / "results" / "gpt-12-long")
+    assert {row[0]: row[5:] for row in printed if row[1] == "3"} == {
+        row[0]: row[4:7] for row in table(study.config, study.in_order())["rows"][1:]
+    }
+    first = {key: run["history"][0]["train_loss"] / math.log(2) for key, run in study.runs.items()}
+    mean = statistics.mean(first["rw", seed] - first["residual", seed] for seed in study.config["seeds"])
+    assert next(row[2] for row in printed if row[:2] == ["rw", "1"]).startswith(f"{mean:+.4f} [")
 
 
 @pytest.mark.download
