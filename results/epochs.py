@@ -18,6 +18,8 @@ def main(folder: str) -> None:
     set_up_output(quiet=False)
     study = Study.read(Path(folder))
     runs = [run for run in study.in_order() if not run["diverged"]]
+    if not runs or "test_loss" not in runs[0]["history"][0]:
+        sys.exit(f"{folder} has no test losses")
     field, unit = ("bits_per_byte", math.log(2)) if runs[0]["bits_per_byte"] else ("test_loss", 1)
     rows = []
     for epoch in range(study.config["epochs"]):
@@ -25,7 +27,7 @@ def main(folder: str) -> None:
             summarize([{**run, field: run["history"][epoch][loss] / unit} for run in runs])
             for loss in ("train_loss", "test_loss")
         )
-        for both in list(zip(training, test))[1:]:
+        for both in zip(training, test):
             cells = [compared(entry[field], ".4f", entry["finished"]) for entry in both]
             rows.append([both[0]["model"], f"{epoch + 1}", *cells[0], *cells[1]])
     columns = ["model", "epoch", "training loss", "p (Holm)", "verdict", "test loss", "p (Holm)", "verdict"]

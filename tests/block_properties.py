@@ -16,6 +16,7 @@ from fake_gpu import gpu_autocast
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+LAuReL_PA = importlib.import_module("LAuReL-PA").LAuReL_PA
 ROOT = Path(__file__).parents[1]
 D = 6
 SHAPES = {  # shape and channel_dim
@@ -51,19 +52,17 @@ def randomize(block: nn.Module) -> nn.Module:
     return block
 
 
-class Chain(nn.Module):
-    """A layer around each block, with a history where the block takes one; as a user has it in a model."""
+class Layers(nn.Module):
+    """A residual layer around each f, with a history where the block takes one; as a user has it in a model."""
 
-    def __init__(self, blocks: list[nn.Module], takes_history: bool) -> None:
+    def __init__(self, branches, make) -> None:
         super().__init__()
-        self.f = nn.ModuleList(nn.Linear(D, D) for _ in blocks)
-        self.residuals = nn.ModuleList(blocks)
-        self.takes_history = takes_history
+        self.branches, self.residuals = nn.ModuleList(branches), nn.ModuleList(make() for _ in branches)
 
     def forward(self, x: Tensor) -> Tensor:
         xs = [x]
-        for f, residual in zip(self.f, self.residuals):
-            xs.append(residual(xs if self.takes_history else xs[-1], f(xs[-1])))
+        for f, residual in zip(self.branches, self.residuals):
+            xs.append(residual(xs if isinstance(residual, LAuReL_PA) else xs[-1], f(xs[-1])))
         return xs[-1]
 
 
@@ -338,7 +337,8 @@ class BlockProperties:
 
     def test_compiles_without_a_graph_break(self):
         """All ways through forward in one model, under float16 autocast too."""
-        chain = Chain([randomize(self.make(path)) for path in self.paths], self.takes_history)
+        blocks = [randomize(self.make(path)) for path in self.paths]
+        chain = Layers([nn.Linear(D, D) for _ in blocks], iter(blocks).__next__)
         compiled = torch.compile(copy.deepcopy(chain), fullgraph=True, backend="aot_eager")
         x = self.inputs((4, D))[1]
         for dtype in (FLOAT32, FLOAT16):

@@ -5,13 +5,12 @@ from functools import partial
 
 import pytest
 import torch
-from block_properties import randomize
+from block_properties import LAuReL_PA, randomize
 from torch import Tensor, nn
 
 from LAuReL import LAuReL
 
 LAuReL_LR = importlib.import_module("LAuReL-LR").LAuReL_LR
-LAuReL_PA = importlib.import_module("LAuReL-PA").LAuReL_PA
 D, R = 16, 4
 KINDS = {
     "RW": LAuReL,
@@ -61,20 +60,6 @@ def randomize_blocks(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, (LAuReL, LAuReL_LR, LAuReL_PA)):
             randomize(module)
-
-
-class Layers(nn.Module):
-    """The same layers with a block for each."""
-
-    def __init__(self, branches, make) -> None:
-        super().__init__()
-        self.branches, self.residuals = nn.ModuleList(branches), nn.ModuleList(make() for _ in branches)
-
-    def forward(self, x: Tensor) -> Tensor:
-        xs = [x]
-        for f, residual in zip(self.branches, self.residuals):
-            xs.append(residual(xs if isinstance(residual, LAuReL_PA) else xs[-1], f(xs[-1])))
-        return xs[-1]
 
 
 def branches(n: int = 3) -> list[nn.Module]:

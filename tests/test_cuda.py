@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from kinds import ALL_KINDS, D, Layers, branches, gradients, randomize_blocks
+from block_properties import Layers
+from kinds import ALL_KINDS, D, branches, gradients, randomize_blocks
 from script import made_up, results
 from torch import nn
 

@@ -11,13 +11,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from block_properties import Layers
 from kinds import (
     ALL_KINDS,
     KINDS,
     D,
     LAuReL_LR,
     LAuReL_PA,
-    Layers,
     R,
     branches,
     gradients,

@@ -5,12 +5,15 @@ Every model here is built from a configuration; nothing is downloaded.
 
 import copy
 import importlib
+import re
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from kinds import KINDS, D, LAuReL_LR, LAuReL_PA, Layers, R, branches, gradients, library, random_, randomize_blocks
+from block_properties import Layers
+from kinds import KINDS, D, LAuReL_LR, LAuReL_PA, R, branches, gradients, library, random_, randomize_blocks
 from torch import Tensor, nn
 
 from LAuReL import LAuReL
@@ -37,6 +40,15 @@ def assert_starts_as(plain: nn.Module, model: nn.Module, *inputs: Tensor) -> Non
 
 def model_output(output) -> Tensor:
     return output if isinstance(output, Tensor) else output.logits
+
+
+def layer_of_the_page(head: str) -> type[nn.Module]:
+    """The class that docs/other-libraries.md has its readers copy."""
+    page = (Path(__file__).parents[1] / "docs" / "other-libraries.md").read_text()
+    code = next(block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if head in block)
+    names: dict = {}
+    exec(code.partition("\nmodel = ")[0], names)
+    return names[re.match(r"class (\w+)", head)[1]]
 
 
 # Hugging Face Gemma 3n, which has LAuReL-LR in its layers
@@ -181,18 +193,12 @@ def give_residuals(layers: list[nn.Module], cls: type[nn.Module], make) -> None:
 def llama_pair(make, folder) -> tuple[nn.Module, nn.Module]:
     """A trained model, read from a folder, and the same with blocks."""
     transformers = library("transformers")
-
-    class LlamaDecoderLayer(importlib.import_module("transformers.models.llama.modeling_llama").LlamaDecoderLayer):
-        def forward(self, x, **kwargs):
-            x = self.residual1(x, self.self_attn(self.input_layernorm(x), **kwargs)[0])
-            return self.residual2(x, self.mlp(self.post_attention_layernorm(x)))
-
     config = transformers.LlamaConfig(
         vocab_size=40, hidden_size=D, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2
     )
     random_(transformers.LlamaForCausalLM(config)).save_pretrained(folder)
     plain, model = (transformers.LlamaForCausalLM.from_pretrained(folder).eval() for _ in range(2))
-    give_residuals(model.model.layers, LlamaDecoderLayer, make)
+    give_residuals(model.model.layers, layer_of_the_page("class LlamaDecoderLayer"), make)
     return plain, model
 
 
@@ -228,16 +234,10 @@ class PABlocks(nn.Sequential):
 
 def vit_pair(kind: str) -> tuple[nn.Module, nn.Module]:
     timm = library("timm")
-
-    class Layer(importlib.import_module("timm.models.vision_transformer").Block):
-        def forward(self, x, **mask):
-            x = self.residual1(x, self.drop_path1(self.ls1(self.attn(self.norm1(x), **mask))))
-            return self.residual2(x, self.drop_path2(self.ls2(self.mlp(self.norm2(x)))))
-
     options = {"img_size": 32, "patch_size": 8, "embed_dim": D, "depth": 3, "num_heads": 2, "num_classes": 10}
     plain = random_(timm.create_model("vit_tiny_patch16_224", init_values=0.5, **options)).eval()
     model = copy.deepcopy(plain)
-    give_residuals(model.blocks, Layer, KINDS[kind])
+    give_residuals(model.blocks, layer_of_the_page("class Layer(timm"), KINDS[kind])
     if kind not in WITHOUT_HISTORY:
         model.blocks = PABlocks(*model.blocks)
     return plain, model
@@ -262,13 +262,6 @@ def test_a_resnet_of_timm_with_blocks_starts_as_the_same_function(make):
     """Also where the image shrinks: there x is the shortcut after its convolution, so that shapes fit."""
     timm = library("timm")
     basic = importlib.import_module("timm.models.resnet").BasicBlock
-
-    class Layer(basic):
-        def forward(self, x):
-            shortcut = x if self.downsample is None else self.downsample(x)
-            x = self.act1(self.bn1(self.conv1(x)))
-            return self.act2(self.residual(shortcut, self.bn2(self.conv2(x))))
-
     plain = timm.create_model("resnet18", num_classes=10, channels=(8, 16, 24, 32)).eval()
     layers = [module for module in plain.modules() if isinstance(module, basic)]
     assert len(layers) == 8
@@ -276,7 +269,7 @@ def test_a_resnet_of_timm_with_blocks_starts_as_the_same_function(make):
         nn.init.uniform_(layer.bn2.weight, 0.5, 1.5)  # it starts at zero, without a branch
     model = copy.deepcopy(plain)
     for layer in [module for module in model.modules() if isinstance(module, basic)]:
-        layer.__class__ = Layer
+        layer.__class__ = layer_of_the_page("class Layer(BasicBlock)")
         layer.residual = make(layer.bn2.num_features)
     assert_starts_as(plain, model, torch.randn(2, 3, 64, 64))
 

@@ -131,7 +131,7 @@ def code() -> list:
 
 
 @pytest.mark.parametrize(("page", "block"), code())
-def test_code_of_the_pages_runs(page, block, tmp_path, monkeypatch):
+def test_code_of_the_pages_runs(page, block, tmp_path, monkeypatch, capsys):
     for name in ("transformers", "timm", "hyper_connections", "onnxruntime"):
         if name in block:
             pytest.importorskip(name, reason=f"{name} is in the dependency group interop: pip install --group interop")
@@ -144,6 +144,7 @@ def test_code_of_the_pages_runs(page, block, tmp_path, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of libraries about themselves
         exec(compile(block, page, "exec"), {})
+    assert "False" not in capsys.readouterr().out  # of torch.equal and torch.allclose
 
 
 @pytest.mark.slow
