@@ -144,7 +144,7 @@ def test_code_of_the_pages_runs(page, block, tmp_path, monkeypatch, capsys):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of libraries about themselves
         exec(compile(block, page, "exec"), {})
-    assert "False" not in capsys.readouterr().out  # of torch.equal and torch.allclose
+    assert "False" not in capsys.readouterr().out.split()  # of torch.equal and torch.allclose
 
 
 @pytest.mark.slow
