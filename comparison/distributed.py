@@ -3,7 +3,6 @@
 import contextlib
 import os
 import sys
-import time
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import NoReturn
@@ -31,8 +30,8 @@ def first_process() -> bool:
 def process_group(device: torch.device) -> Iterator[None]:
     """Joins the processes that torchrun has started: through NCCL where each has a GPU, else through gloo.
 
-    Does nothing in a process that it has not started. On an error the group is not left in order, as that can wait for
-    processes that wait for this one: see leave.
+    Does nothing in a process that it has not started. Where it has, call `leave` at the end: the group is not left in
+    order, as that can wait for processes that wait for this one.
     """
     if not launched():
         yield
@@ -45,9 +44,6 @@ def process_group(device: torch.device) -> Iterator[None]:
     distributed.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=wait)
     yield
     distributed.barrier()  # none leaves while another still talks to it
-    # torch 2.5 holds the GIL while it waits for gloo's threads, and one that still frees a tensor waits for the GIL.
-    time.sleep(0.2)
-    distributed.destroy_process_group()
 
 
 def leave(code: int) -> NoReturn:
