@@ -39,7 +39,7 @@ class LAuReL(nn.Module):
     Give ``w`` a group without weight decay, at 0.003 to 0.01: Adam at 0.001 moves it little in some hundred steps.
 
     Args:
-        dim: D, the size of the channel dimension: α and β of length D (§2.4), in x's dtype. ``None``: scalars.
+        dim: D, the size of the channel dimension: α and β of length D (§2.4). ``None``: scalars.
         bound: one of the four above.
         scale: the factor above; ``"none"`` ignores it.
         channel_dim: where D stands: -1 for (…, D), 1 for (N, D, H, W); where W = D no error shows a wrong one.
