@@ -86,6 +86,8 @@ class LAuReL_LR(nn.Module):
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
         if not 0 < scale < float("inf"):
             raise ValueError(f"scale must be positive and finite, got {scale}")
+        if not isinstance(norm, nn.Module | None):
+            raise TypeError(f"norm must be a module, such as nn.RMSNorm({dim}), or None, got {norm!r}")
         self.dim, self.rank, self.residual_weights, self.init = dim, rank, residual_weights, init
         self.norm, self.bound, self.scale, self.channel_dim = norm, bound, scale, channel_dim
         self.A, self.B = nn.Parameter(torch.empty(rank, dim)), nn.Parameter(torch.empty(dim, rank))

@@ -416,7 +416,7 @@ class BlockProperties:
 
     def test_refuses_bad_options(self):
         for options, message in self.errors:
-            with pytest.raises(ValueError, match=message):
+            with pytest.raises((ValueError, TypeError), match=message):
                 self.block_class(**options)
 
     def test_refuses_shapes_that_clash(self):

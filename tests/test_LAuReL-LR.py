@@ -30,6 +30,7 @@ class TestLAuReLLR(BlockProperties):
         ({"dim": D, "init": "zeros"}, "init.*xavier, orthogonal.*zeros"),
         ({"dim": D, "bound": "tanh"}, "bound.*softmax, sigmoid, single, none.*tanh"),
         ({"dim": D, "scale": -1.0}, "scale.*-1"),
+        ({"dim": D, "norm": nn.RMSNorm}, r"norm.*RMSNorm\(6\).*RMSNorm"),
     ]
 
     def equation(self, state, options, xs, fx):
