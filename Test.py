@@ -429,6 +429,7 @@ def profile(options: argparse.Namespace) -> int:
     with compiler_errors(), memory_errors("try a smaller --batch-size, --image-size or rank, or fewer --models"):
         data = made_up(load_data(options), options.batch_size, options.image_size)
         models = {model.name: build(options.arch, model, 0, data) for model in options.models}
+        TrainUtil.check_batch(next(iter(models.values())), options.batch_size, accumulate=1)
         how = {"precision": options.precision, "compile": options.compile, "seconds": options.seconds}
         costs = measure(models, data, options.device, **how)
     write_json(path, {"config": config, "costs": costs})

@@ -52,9 +52,12 @@ def test_what_is_saved_is_freed_once_it_is_counted():
     assert [tensor() for tensor in intermediate] == [None, None]
 
 
-def test_a_batch_that_is_larger_than_what_is_made_up_is_refused(tmp_path, capsys):
-    assert Test.main(["--profile", "--batch-size", "5001", "--out", str(tmp_path)]) == 2
-    assert "5000 images, fewer than --batch-size 5001" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("size", "reason"), [("5001", "5000 images, fewer than --batch-size 5001"), ("1", "two examples, for batch norm")]
+)
+def test_a_batch_that_is_too_large_or_too_small_is_refused(size, reason, tmp_path, capsys):
+    assert Test.main(["--profile", "--batch-size", size, "--out", str(tmp_path)]) == 2
+    assert reason in capsys.readouterr().err
 
 
 def test_profile_shows_medians_of_ratios_within_a_round():
