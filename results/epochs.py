@@ -29,7 +29,8 @@ def main(folder: str) -> None:
         )
         for both in zip(training, test):
             cells = [compared(entry[field], ".4f", entry["finished"]) for entry in both]
-            rows.append([both[0]["model"], f"{epoch + 1}", *cells[0], *cells[1]])
+            if both[0]["model"] != "residual":
+                rows.append([both[0]["model"], f"{epoch + 1}", *cells[0], *cells[1]])
     columns = ["model", "epoch", "training loss", "p (Holm)", "verdict", "test loss", "p (Holm)", "verdict"]
     notes = "Differences to residual, with 95 % intervals; p after Holm's correction over the models of an epoch."
     print_table(title(study.config), columns, rows, notes)
