@@ -53,8 +53,8 @@ class LAuReL_LR(nn.Module):
         rank: r. The paper: best at 16 and 32 on ResNet-50; 32, 48 and 64 in LLMs.
         residual_weights: learn α and β too.
         init: how A starts. ``"orthogonal"``: the paper's column-orthogonal pattern for LLMs, A[i mod r, i] = 1/√(rD),
-            else 0; in further rows where r > D. ``"xavier"``: uniform within ±√(6 / (r + D)), as for ResNet-50; A x is
-            up to 1.4 r times as large.
+            else 0; rows beyond D repeat it. ``"xavier"``: uniform within ±√(6 / (r + D)), as for ResNet-50; A x is up
+            to 1.4 r times as large.
         norm: a module applied to B A x, in its layout; Gemma 3n has ``nn.RMSNorm(D)``. One step brings it to full size.
         bound: ``"softmax"``: (α, β) = scale · softmax(w); ``"sigmoid"``: scale · σ(w); ``"single"``: α = scale · σ(w),
             β = scale − α; ``"none"``: w. They start at scale / 2, or 1. Ignored without residual weights, as scale is.

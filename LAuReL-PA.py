@@ -68,8 +68,8 @@ class LAuReL_PA(nn.Module):
         shared: one pair A, B for all k activations (§2.3), or one for each (eq. 6); ``rank=None`` ignores it.
         residual_weights: learn α and β too.
         init: how A starts. ``"orthogonal"``: the paper's column-orthogonal pattern for LLMs, A[i mod r, i] = 1/√(rD),
-            else 0; in further rows where r > D. ``"xavier"``: uniform within ±√(6 / (r + D)), as for ResNet-50; A x is
-            up to 1.4 r times as large.
+            else 0; rows beyond D repeat it. ``"xavier"``: uniform within ±√(6 / (r + D)), as for ResNet-50; A x is up
+            to 1.4 r times as large.
         bound: ``"softmax"``: (α, β) = scale · softmax(w); ``"sigmoid"``: scale · σ(w); ``"single"``: α = scale · σ(w),
             β = scale − α; ``"none"``: w. They start at scale / 2, or 1. Ignored without residual weights, as scale is.
         scale: the factor above; ``"none"`` ignores it.

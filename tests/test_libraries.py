@@ -267,9 +267,9 @@ def test_a_resnet_of_timm_with_blocks_starts_as_the_same_function(make):
     assert len(layers) == 8
     for layer in layers:
         nn.init.uniform_(layer.bn2.weight, 0.5, 1.5)  # it starts at zero, without a branch
-    model = copy.deepcopy(plain)
+    model, layer_class = copy.deepcopy(plain), layer_of_the_page("class Layer(BasicBlock)")
     for layer in [module for module in model.modules() if isinstance(module, basic)]:
-        layer.__class__ = layer_of_the_page("class Layer(BasicBlock)")
+        layer.__class__ = layer_class
         layer.residual = make(layer.bn2.num_features)
     assert_starts_as(plain, model, torch.randn(2, 3, 64, 64))
 

@@ -220,16 +220,16 @@ def test_a_server_that_fails_is_passed_over(fault, folder, small, archive, monke
 
 
 def test_a_download_may_take_long_where_it_goes_on(folder, small, archive, monkeypatch, capsys):
-    def thirds(handler):
+    def quarters(handler):
         respond_with(b"", length=len(archive))(handler)
-        size = len(archive) // 3 + 1
+        size = len(archive) // 4 + 1
         for start in range(0, len(archive), size):
             handler.wfile.write(archive[start : start + size])
             time.sleep(0.4)
 
     monkeypatch.setattr("comparison.sources.TIMEOUT", 1)
     monkeypatch.setattr("comparison.sources.SLOWEST", 1)
-    with server(thirds) as url:
+    with server(quarters) as url:
         monkeypatch.setitem(ARCHIVE_URLS, CIFAR10, (url,))
         assert_is(load_cifar(CIFAR10, folder), small)
         assert f"CIFAR-10 from {url}" in capsys.readouterr().out
