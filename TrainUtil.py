@@ -282,18 +282,19 @@ def train(
         for state in training.values():
             state.model.train()
         begin, watches = time.perf_counter(), {name: Stopwatch(device) for name in training}
-        losses = {name: [] for name in training}
+        # Not a list of tensors: each would lie in the middle of memory that a step has freed, and the heap would grow.
+        losses = {name: torch.zeros(steps_per_epoch, device=device) for name in training}
         for step, (x, y) in enumerate(data.batches(seed, epoch, recipe.batch_size, recipe.max_shift)):
             done = (epoch + step / steps_per_epoch) / recipe.epochs
             x = resize(x, recipe.size(done))
             for name in rotated(training, step):
                 with watches[name]:
-                    losses[name].append(training[name].step(x, y, batch, accumulate))
+                    losses[name][step] = training[name].step(x, y, batch, accumulate)
             speed = (step + 1) * batch * data.units * len(training) / (time.perf_counter() - begin)
             report(recipe.work(done + 1 / steps), speed, histories)
         tested = evaluate({name: state.compiled for name, state in training.items()}, data, precision, test_batch)
         for name, state in training.items():
-            loss = all_reduce_sum(torch.stack(losses[name]).mean()).item()
+            loss = all_reduce_sum(losses[name].mean()).item()
             state.end_epoch(loss, tested[name], watches[name].seconds())
         try:
             if checkpoint:

@@ -1,3 +1,4 @@
+import gc
 import json
 import math
 import platform
@@ -85,6 +86,17 @@ def test_training_learns_and_repeats_to_the_bit(precision, data):
     assert losses[-1] < losses[0]
     for a, b in zip(models[0].state_dict().values(), models[1].state_dict().values()):
         assert torch.equal(a, b)
+
+
+def test_a_step_leaves_no_tensor_behind(data):
+    """Which would lie in the middle of freed memory, so that the heap of a long study grows and grows."""
+    alive = []
+
+    def report(*so_far):
+        alive.append(sum(issubclass(type(x), torch.Tensor) for x in gc.get_objects()))
+
+    train({"residual": network(), "rw": network()}, data.limit(500), Recipe(epochs=1, batch_size=50), 0, report=report)
+    assert alive[9] <= alive[0]  # after the tenth step and the first
 
 
 def test_training_reports_what_it_did(data):
