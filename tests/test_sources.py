@@ -188,7 +188,7 @@ def test_a_server_that_fails_is_passed_over(fault, folder, small, archive, monke
 
     def stall(handler):
         respond_with(archive[:100], length=len(archive))(handler)
-        time.sleep(2)
+        time.sleep(4)
 
     def trickle(handler):
         respond_with(b"", length=len(archive))(handler)
@@ -197,7 +197,7 @@ def test_a_server_that_fails_is_passed_over(fault, folder, small, archive, monke
             time.sleep(0.05)
         trickled.append(True)
 
-    monkeypatch.setattr("comparison.sources.TIMEOUT", 0.5)
+    monkeypatch.setattr("comparison.sources.TIMEOUT", 1)
     respond = {
         "refused": None,
         "missing": respond_with(b"", 404),
@@ -329,6 +329,13 @@ def test_data_that_cannot_be_kept_are_used_all_the_same(folder, small, batch_fil
     folder.touch()  # a file where the folder should be
     assert_is(load_cifar(CIFAR10, folder), small)
     assert "could not be kept" in capsys.readouterr().out
+
+
+def test_what_is_downloaded_needs_no_folder_that_can_be_written(folder, small, archive, monkeypatch):
+    folder.touch()
+    with server(respond_with(archive)) as url:
+        monkeypatch.setitem(ARCHIVE_URLS, CIFAR10, (url,))
+        assert_is(load_cifar(CIFAR10, folder), small)
 
 
 def test_data_are_used_all_the_same_where_the_disk_is_full(folder, small, batch_files, capsys):
