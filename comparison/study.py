@@ -139,7 +139,7 @@ class Study:
                 study.commit = commit  # of the runs that are added
                 for seed in filter(lambda seed: study.folder(seed).exists(), study.config["seeds"]):
                     with suppress(filelock.Timeout), study.lock(f"seed {seed}", wait=False):  # no process trains it
-                        if not study.checkpointed(seed):
+                        if study.progress(seed) and not study.checkpointed(seed):
                             study.clear(seed)
             check_against(against, study.config["models"])
             remove_partial(out)

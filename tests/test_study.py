@@ -110,9 +110,10 @@ def test_a_file_that_is_no_study_is_not_overwritten(text, tmp_path, capsys):
 @POSIX
 def test_killed_at_random_moments_a_study_ends_with_the_same_bits(uninterrupted, tmp_path):
     generator = random.Random(0)
-    kills, studies = 0, 0
-    while kills < 20:
+    kills, studies, resumed = 0, 0, 0
+    while kills < 20 or not resumed:
         out = tmp_path / str(studies)
+        resumed += any(out.glob("checkpoints/*/checkpoint.pt"))
         process = start(*STUDY, "--out", str(out), output=tmp_path / "output")
         process.join(generator.uniform(0, 1.5))
         if process.exitcode is None:
@@ -231,7 +232,7 @@ def half_finished(stopped, tmp_path) -> Path:
     return tmp_path / "checkpoints" / "seed 0" / "checkpoint.pt"
 
 
-@pytest.mark.parametrize("damage", ["none", "one bit", "code"])
+@pytest.mark.parametrize("damage", ["none", "no progress.json", "one bit", "code"])
 def test_a_damaged_checkpoint_is_set_aside(damage, half_finished, uninterrupted, tmp_path, capsys):
     ran = tmp_path / "ran"
 
@@ -239,7 +240,9 @@ def test_a_damaged_checkpoint_is_set_aside(damage, half_finished, uninterrupted,
         def __reduce__(self):
             return Path.touch, (ran,)
 
-    if damage == "one bit":
+    if damage == "no progress.json":
+        half_finished.with_name("progress.json").unlink()
+    elif damage == "one bit":
         content = bytearray(half_finished.read_bytes())
         content[len(content) // 2] ^= 1
         half_finished.write_bytes(content)
@@ -254,7 +257,7 @@ def test_a_damaged_checkpoint_is_set_aside(damage, half_finished, uninterrupted,
     assert not ran.exists()
     assert ("earlier" in (one["git_commit"] or "")) == (damage == "none")  # that code's training is lost
     aside = half_finished.with_suffix(".damaged")
-    if damage == "none":
+    if damage.startswith("no"):
         assert "is damaged" not in captured.err
         assert "epoch 1/3" not in captured.out
     else:
