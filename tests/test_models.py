@@ -27,7 +27,6 @@ def test_only_what_looks_back_keeps_activations_at_inference(name, most):
         x = torch.zeros(2, 4)
         residual_layers(x, x, [branch] * 9, residuals)
     assert max(counts) <= most
-    assert (max(counts) == 9) == name.startswith("pa")
 
 
 def test_a_models_name_sets_the_arguments_of_its_blocks():

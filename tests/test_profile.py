@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import Test
+from comparison.device import Stopwatch
 from comparison.profile import flops, interleave, profile_table, saved_bytes
 
 
@@ -92,3 +93,28 @@ def test_saved_bytes_count_a_storage_once_and_no_parameters():
 def test_flops_of_a_training_step():
     linear, x = torch.nn.Linear(3, 5, bias=False), torch.ones(7, 3, requires_grad=True)
     assert flops(lambda: linear(x).sum().backward()) == 3 * 2 * 7 * 3 * 5  # forward, and two products backward
+
+
+def test_steps_on_a_gpu_are_timed_by_events_and_wait_for_nothing(monkeypatch):
+    """With a GPU whose clock is a number: it gets an event before and after each step, and is waited for at the end."""
+    calls = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            calls.append("record")
+            self.at = 250.0 * len(calls)  # milliseconds
+
+        def elapsed_time(self, other):
+            return other.at - self.at
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: calls.append("wait"))
+    watch = Stopwatch(torch.device("cuda"))
+    for _ in range(2):
+        with watch:
+            calls.append("step")
+    assert watch.seconds() == [0.5, 0.5]
+    assert calls == ["record", "step", "record"] * 2 + ["wait"]
