@@ -85,11 +85,11 @@ def count(text: str) -> int:
 
 
 def seeds(text: str) -> list[int]:
-    match = re.fullmatch(r"(\d{1,9})-(\d{1,9})", text)
-    first, last = (int(match[1]), int(match[2])) if match else (0, count(text) - 1)
-    if not first <= last < 4096:  # epoch_generator does not tell seeds apart that differ by 4096
-        raise argparse.ArgumentTypeError(f"must be a number of seeds or FIRST-LAST, from 0 to 4095, got {text!r}")
-    return list(range(first, last + 1))
+    if re.fullmatch(r"(\d{1,4}-)?\d{1,4}", text):
+        first, last = map(int, text.split("-")) if "-" in text else (0, int(text) - 1)
+        if first <= last < 4096:  # epoch_generator does not tell seeds apart that differ by 4096
+            return list(range(first, last + 1))
+    raise argparse.ArgumentTypeError(f"must be a number of seeds or FIRST-LAST, from 0 to 4095, got {text!r}")
 
 
 def rate(text: str) -> float:
@@ -166,7 +166,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for name in given:
         for mode, allowed in ALLOWED.items():
             if mode in given and name not in (mode, *allowed):
-                parser.error(f"--{name.replace('_', '-')} is ignored with --{mode}")
+                parser.error(f"--{name.replace('_', '-')} does not go with --{mode}")
         if name in REQUIRED and REQUIRED[name] not in given:
             parser.error(f"--{name} goes with --{REQUIRED[name]}")
     if options.draw:
@@ -330,6 +330,7 @@ def compare(options: argparse.Namespace, argv: list[str]) -> int:
     runs = len(options.seeds) * len(names)
     if there := runs - sum(len(study.lacking(seed, names)) for seed in options.seeds):
         say(f"{there} of {runs} runs are in {options.out} already.")
+    left = [seed for seed in options.seeds if study.lacking(seed, names)]
     monitor = Monitor(study, options.seeds, names, recipe.epochs, data.unit)
     kept = f"What has finished is kept. The same command with --out {options.out} resumes the study."
     theirs = [*argv, "--out", str(options.out), "--threads", str(options.threads)]
@@ -339,7 +340,7 @@ def compare(options: argparse.Namespace, argv: list[str]) -> int:
         monitor.refresh()
 
     try:
-        with helpers(min(options.parallel, len(options.seeds)) - 1, theirs), monitor.bar:
+        with helpers(min(options.parallel, len(left)) - 1, theirs), monitor.bar:
             for seed, models in study.take(options.seeds, names, None if helping() else wait):
                 broadcast((common_settings(options, data, recipe), seed, models))
 

@@ -26,7 +26,7 @@ def end_with_parent() -> None:
 
 @contextmanager
 def helpers(n: int, options: Sequence[str]) -> Iterator[None]:
-    """Starts n further processes, unless this is one, with options of their own; they end with this one.
+    """Starts n further processes, unless this is one, with these options; they end with this one.
 
     What one says on stderr is printed at the end; where it failed, another has done its work, or said the same.
     """
