@@ -120,7 +120,7 @@ class LAuReL_LR(nn.Module):
         device, dtype = x.device.type, torch.promote_types(x.dtype, fx.dtype)
         half = not x.is_meta and torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
         alpha, beta = self.weights()
-        y = x + fx if beta is None else (fx * alpha + x * beta).to(dtype)  # alpha * fx would round α to bfloat16
+        y = x + fx if beta is None else (fx * alpha + x * beta).to(dtype)  # alpha * fx: a CPU would round α to bfloat16
         x, d = x.to(torch.float32 if x.dtype == torch.float16 else x.dtype), self.channel_dim
         B = self.B if beta is None or self.norm is not None else beta * self.B
         with torch.autocast(device, enabled=False) if half else nullcontext():  # A x may leave the range of float16

@@ -152,7 +152,7 @@ class LAuReL_PA(nn.Module):
             with torch.autocast(device, enabled=False):  # A x may leave the range of float16 where x + f(x) does not
                 return self.forward(xs[::-1], fx)
         alpha, beta = self.weights()
-        y = x + fx if beta is None else (fx * alpha + x * beta).to(dtype)  # alpha * fx would round α to bfloat16
+        y = x + fx if beta is None else (fx * alpha + x * beta).to(dtype)  # alpha * fx: a CPU would round α to bfloat16
         gamma = (self.gamma_gain if beta is None else beta * self.gamma_gain) * self.gamma[: len(xs)]
         if self.rank is None:
             for weight, each in zip(gamma.unbind(), xs):

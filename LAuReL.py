@@ -95,7 +95,7 @@ class LAuReL(nn.Module):
                 raise ValueError(f"x must have dim={self.dim} at channel_dim={self.channel_dim}, got {tuple(x.shape)}")
             shape = [self.dim if i == self.channel_dim % x.ndim else 1 for i in range(x.ndim)]
             alpha, beta = alpha.view(shape).to(dtype), beta.view(shape).to(dtype)  # float32 would lift a bfloat16 x
-        return (fx * alpha + x * beta).to(dtype)  # alpha * fx would round a scalar α to bfloat16
+        return (fx * alpha + x * beta).to(dtype)  # alpha * fx: a CPU would round a scalar α to bfloat16
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, bound={self.bound!r}, scale={self.scale}, channel_dim={self.channel_dim}"

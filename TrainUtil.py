@@ -310,7 +310,7 @@ def train(
             "bits_per_byte": last["test_loss"] / math.log(2) if text and not state.diverged else None,
             "diverged": last["epoch"] if state.diverged else None,
             "train_seconds": sum(state.seconds),
-            "images_per_second": None,  # of text
+            "images_per_second": None,  # for text; for images the next line has it
             f"{data.unit}_per_second": len(state.seconds) * batch * data.units / sum(state.seconds),
             **step_ratio(state.seconds, base),
             "compile_seconds": compile_seconds[name],

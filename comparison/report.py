@@ -202,7 +202,7 @@ def table(config: dict, runs: list[dict]) -> dict:
     notes = ["Mean ± standard deviation over the seeds; differences paired by seed, with 95 % intervals."]
     notes.append("p after Holm's correction over the models, for each measure apart.")
     notes.append(f"Equal: below {margins}, by two one-sided tests at 5 %, not corrected.")
-    notes.append("Open: neither; in four of five studies that many seeds find such a difference with a power of 80 %.")
+    notes.append("Open: neither; that many seeds find such a difference (power 80 %, for an upper limit of spread).")
     if not measures:
         notes = ["All runs have diverged."]
     elif seeds == 1:
