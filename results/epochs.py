@@ -37,4 +37,6 @@ def main(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    if len(sys.argv) != 2:
+        sys.exit("usage: python results/epochs.py FOLDER")
+    main(sys.argv[1])

@@ -88,6 +88,16 @@ def test_the_pages_have_the_rows_of_every_stored_study(stored):
         assert any(f"| {' | '.join(row)} |" in text for page, text in PAGES.items() if page.startswith("results/"))
 
 
+@pytest.mark.parametrize(("network", "name"), [("small CNN", "cnn"), ("GPT", "gpt-12-long")])
+def test_the_table_of_the_readme_has_their_rows(network, name):
+    study = Study.read(ROOT / "results" / name)
+    rows = table(study.config, study.in_order())["rows"]
+    for model, _, added, value, difference, _, verdict, *accuracy, ratio, _ in rows:
+        ratio = "–" if name == "cnn" else ratio.split()[0]  # ten processes on one GPU
+        row = [network, model, added, value, difference, verdict, accuracy[0] if accuracy else "–", ratio]
+        assert f"| {' | '.join(row)} |" in PAGES["README.md"]
+
+
 @pytest.mark.parametrize("stored", STORED, ids=lambda path: path.parent.name)
 def test_the_networks_are_those_of_the_stored_results(stored, data):
     study = Study.read(stored.parent)
