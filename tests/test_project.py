@@ -17,6 +17,7 @@ import TrainUtil
 from comparison.device import cores
 from comparison.models import Model
 from comparison.networks import ARCHS
+from comparison.profile import profile_table
 from comparison.report import table
 from comparison.sources import load_cifar
 from comparison.study import Study
@@ -88,13 +89,25 @@ def test_the_pages_have_the_rows_of_every_stored_study(stored):
         assert any(f"| {' | '.join(row)} |" in text for page, text in PAGES.items() if page.startswith("results/"))
 
 
-@pytest.mark.parametrize(("network", "name"), [("small CNN", "cnn"), ("GPT", "gpt-12-long")])
+def costs(name: str) -> list[list[str]]:
+    return profile_table(**json.loads((ROOT / "results" / name / "profile.json").read_text()))["rows"]
+
+
+@pytest.mark.parametrize("name", sorted(path.parent.name for path in ROOT.glob("results/*/profile.json")))
+def test_the_pages_have_the_rows_of_every_stored_profile(name):
+    for row in costs(name):
+        assert f"| {' | '.join(row)} |" in PAGES["results/costs.md"]
+
+
+@pytest.mark.parametrize(("network", "name"), [("small CNN", "cnn"), ("ResNet-32", "resnet"), ("GPT", "gpt-12-long")])
 def test_the_table_of_the_readme_has_their_rows(network, name):
     study = Study.read(ROOT / "results" / name)
+    steps = {model: step.split()[0] for model, _, _, step, *_ in costs("profile-cnn")} | {"residual": "1.000"}
     rows = table(study.config, study.in_order())["rows"]
     for model, _, added, value, difference, _, verdict, *accuracy, ratio, _ in rows:
-        ratio = "–" if name == "cnn" else ratio.split()[0]  # ten processes on one GPU
-        row = [network, model, added, value, difference, verdict, accuracy[0] if accuracy else "–", ratio]
+        alone = steps.get(re.sub("[:,]rate=.*", "", model))  # the study had ten processes on one GPU
+        step = alone if name == "cnn" else ratio.split()[0]
+        row = [network, model, added, value, difference, verdict, accuracy[0] if accuracy else "–", step]
         assert f"| {' | '.join(row)} |" in PAGES["README.md"]
 
 
