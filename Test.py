@@ -328,9 +328,9 @@ def compare(options: argparse.Namespace, argv: list[str]) -> int:
         broadcast(None)  # to run_follower: there is nothing to do
         raise
     runs = len(options.seeds) * len(names)
-    if there := runs - sum(len(study.lacking(seed, names)) for seed in options.seeds):
+    lacking = [group for seed in options.seeds if (group := study.lacking(seed, names))]  # of each seed that lacks some
+    if there := runs - sum(map(len, lacking)):
         say(f"{there} of {runs} runs are in {options.out} already.")
-    left = [seed for seed in options.seeds if study.lacking(seed, names)]
     monitor = Monitor(study, options.seeds, names, recipe.epochs, data.unit)
     kept = f"What has finished is kept. The same command with --out {options.out} resumes the study."
     theirs = [*argv, "--out", str(options.out), "--threads", str(options.threads)]
@@ -340,7 +340,7 @@ def compare(options: argparse.Namespace, argv: list[str]) -> int:
         monitor.refresh()
 
     try:
-        with helpers(min(options.parallel, len(left)) - 1, theirs), monitor.bar:
+        with helpers(min(options.parallel, len(lacking)) - 1, theirs), monitor.bar:
             for seed, models in study.take(options.seeds, names, None if helping() else wait):
                 broadcast((common_settings(options, data, recipe), seed, models))
 

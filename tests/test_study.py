@@ -115,7 +115,7 @@ def test_killed_at_random_moments_a_study_ends_with_the_same_bits(uninterrupted,
         out = tmp_path / str(studies)
         resumed += any(out.glob("checkpoints/*/checkpoint.pt"))
         process = start(*STUDY, "--out", str(out), output=tmp_path / "output")
-        process.join(generator.uniform(0, 1.5))
+        process.join(generator.uniform(0, 1.5 + kills / 20))  # at last it is long enough, however slow the machine
         if process.exitcode is None:
             process.kill()
             process.join()
