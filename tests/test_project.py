@@ -201,6 +201,28 @@ def test_differences_by_epoch_are_those_of_the_runs_and_end_as_the_table(capsys,
     assert next(row[2] for row in printed if row[:2] == ["rw", "1"]).startswith(f"{mean:+.4f} [")
 
 
+def test_at_equal_time_counts_what_a_model_gains_beyond_more_steps(tmp_path, monkeypatch, capsys):
+    """rw becomes the plain residual of four epochs, which takes 4/3 of the time of three; lr takes no more time."""
+    monkeypatch.syspath_prepend(ROOT)
+    study = json.loads((ROOT / "results" / "default" / "results.json").read_text())
+    plain = [one for one in study["runs"] if one["model"] == "residual"]
+    longer = [{**one, "test_loss": 0.9 * one["test_loss"], "test_accuracy": 0.9} for one in plain]
+    rw = [{**one, "model": "rw", "step_ratio": 4 / 3} for one in longer]
+    lr = [{**one, "step_ratio": 1} for one in study["runs"] if one["model"] == "lr"]
+    for name, epochs, runs in (("study", 3, [*plain, *rw, *lr]), ("longer", 4, longer)):
+        (tmp_path / name).mkdir()
+        content = {"config": {**study["config"], "epochs": epochs}, "runs": runs}
+        (tmp_path / name / "results.json").write_text(json.dumps(content))
+    runpy.run_path(str(ROOT / "results" / "equal_time.py"))["main"](str(tmp_path / "study"), str(tmp_path / "longer"))
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    rw, lr = ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines[-2:])
+    assert rw[:2] == ["rw", "1.333"]
+    assert float(rw[2].split()[0]) < -0.04
+    assert float(rw[3].split()[0]) == float(rw[7].split()[0]) == 0
+    assert lr[:2] == ["lr", "1.000"]
+    assert lr[2] == lr[3]
+
+
 @pytest.mark.download
 def test_one_short_run_on_the_real_data(tmp_path):
     options = ["--models", "residual", "--epochs", "1", "--seeds", "1", "--limit", "5000", "--batch-size", "250"]
