@@ -45,8 +45,9 @@ class LAuReL_LR(nn.Module):
 
     With ``residual_weights=True`` it is RW+LR: α · f(x) + β · (x + B A x) (eq. 5). B starts at zero, and the block as
     the plain residual, to the last bit, unless ``scale`` is changed. After a loop that fills every matrix of a model,
-    such as nn.Transformer's, call ``reset_parameters()``. Let Adam train A and B (0.0003 to 0.003 were tried in a GPT),
-    or Muon at 0.002, not at the 0.02 of other matrices; give ``w`` a group without weight decay, at 0.003 to 0.01.
+    such as nn.Transformer's, call ``reset_parameters()``. Let Adam train A and B (0.0003 to 0.003 were tried in a GPT,
+    0.003 to 0.01 in CNNs), not Muon at the rate of other matrices; give ``w`` a group without weight decay, at 0.003 to
+    0.01.
 
     Args:
         dim: D, the size of the channel dimension.
@@ -55,7 +56,8 @@ class LAuReL_LR(nn.Module):
         init: how A starts. ``"orthogonal"``: the paper's column-orthogonal pattern for LLMs, A[i mod r, i] = 1/√(rD),
             else 0; rows beyond D repeat it. ``"xavier"``: uniform within ±√(6 / (r + D)), as for ResNet-50; A x is up
             to 1.4 r times as large.
-        norm: a module applied to B A x, in its layout; Gemma 3n has ``nn.RMSNorm(D)``. One step brings it to full size.
+        norm: a module applied to B A x, in its layout; Gemma 3n has ``nn.RMSNorm(D)``. After one step its output has
+            full size, however small B is.
         bound: ``"softmax"``: (α, β) = scale · softmax(w); ``"sigmoid"``: scale · σ(w); ``"single"``: α = scale · σ(w),
             β = scale − α; ``"none"``: w. They start at scale / 2, or 1. Ignored without residual weights, as scale is.
         scale: the factor above; ``"none"`` ignores it.

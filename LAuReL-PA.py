@@ -48,19 +48,19 @@ class LAuReL_PA(nn.Module):
     The sum runs over j = 0 … k−1, so x_i itself is in it. The block keeps nothing between calls: the caller owns the
     list of activations, and the block looks at its last k, or at as many as there are: the first blocks of a list leave
     their last γ_j, and pairs that are not shared, unused. Start a new one where the shape changes (a down-sampling
-    stage), which the paper leaves open. What is checkpointed (with ``use_reentrant=False``) or compiled on its own, the
-    block or its layer, takes a slice, ``layer(xs[-k:])``: of the list itself, which grows, gradients may be wrong, and
-    each of its lengths is compiled anew.
+    stage), which the paper leaves open. Give what is checkpointed (with ``use_reentrant=False``) or compiled alone, the
+    block or its layer, the slice ``xs[-k:]``: with the list itself, which grows, gradients may be wrong, and each of
+    its lengths is compiled anew.
 
-    It adds 2rD + k parameters, with ``rank=None``, h(x) = x, k. ``residual_weights=True`` is RW+PA, and with
+    It adds 2rD + k parameters, or k with ``rank=None``, h(x) = x. ``residual_weights=True`` is RW+PA, and with
     ``shared=False`` RW+LR+PA (eq. 6), which adds 2rkD + k + 2.
 
     B starts at zero and gamma at 1, or, with the identity h, gamma at 0, which the paper leaves open, and the block as
     the plain residual, to the last bit, unless ``scale`` is changed. ``gamma_gain``, a factor on gamma, is 1/k where h
     is low-rank, so that its terms move as fast as LR's one. After a loop that fills every matrix of a model, such as
-    nn.Transformer's, call ``reset_parameters()``. Let Adam train A and B (0.0003 to 0.003 were tried in a GPT), or Muon
-    at 0.002, not at the 0.02 of other matrices (torch's takes only shared ones); give gamma and ``w`` a group without
-    weight decay, at 0.003 (in a GPT) to 0.01 (in a CNN).
+    nn.Transformer's, call ``reset_parameters()``. Let Adam train A and B (0.0003 to 0.003 were tried in a GPT, 0.003 to
+    0.01 in CNNs), not Muon at the rate of other matrices; give gamma and ``w`` a group without weight decay, at 0.003
+    (in a GPT) to 0.01 (in a CNN).
 
     Args:
         dim: D, the size of the channel dimension.
