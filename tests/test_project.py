@@ -99,7 +99,10 @@ def test_the_pages_have_the_rows_of_every_stored_profile(name):
         assert f"| {' | '.join(row)} |" in PAGES["results/costs.md"]
 
 
-@pytest.mark.parametrize(("network", "name"), [("small CNN", "cnn"), ("ResNet-32", "resnet"), ("GPT", "gpt-12-long")])
+@pytest.mark.parametrize(
+    ("network", "name"),
+    [("small CNN", "cnn"), ("ResNet-32", "resnet"), ("ResNet-56", "resnet56"), ("GPT", "gpt-12-long")],
+)
 def test_the_table_of_the_readme_has_their_rows(network, name):
     study = Study.read(ROOT / "results" / name)
     steps = {model: step.split()[0] for model, _, _, step, *_ in costs("profile-cnn")} | {"residual": "1.000"}
