@@ -190,18 +190,23 @@ def test_the_script_beside_the_results_runs(tmp_path, monkeypatch, data):
     assert (tmp_path / "race.png").exists()
 
 
+def printed(capsys) -> list[list[str]]:
+    """The cells of the tables that have been printed."""
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+
+
 def test_differences_by_epoch_are_those_of_the_runs_and_end_as_the_table(capsys, monkeypatch):
     monkeypatch.syspath_prepend(ROOT)
     runpy.run_path(str(ROOT / "results" / "epochs.py"))["main"](str(ROOT / "results" / "gpt-12-long"))
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    printed = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    rows = printed(capsys)
     study = Study.read(ROOT / "results" / "gpt-12-long")
-    assert {row[0]: row[5:] for row in printed if row[1] == "3"} == {
+    assert {row[0]: row[5:] for row in rows if row[1] == "3"} == {
         row[0]: row[4:7] for row in table(study.config, study.in_order())["rows"][1:]
     }
     first = {key: run["history"][0]["train_loss"] / math.log(2) for key, run in study.runs.items()}
     mean = statistics.mean(first["rw", seed] - first["residual", seed] for seed in study.config["seeds"])
-    assert next(row[2] for row in printed if row[:2] == ["rw", "1"]).startswith(f"{mean:+.4f} [")
+    assert next(row[2] for row in rows if row[:2] == ["rw", "1"]).startswith(f"{mean:+.4f} [")
 
 
 def test_at_equal_time_counts_what_a_model_gains_beyond_more_steps(tmp_path, monkeypatch, capsys):
@@ -217,13 +222,22 @@ def test_at_equal_time_counts_what_a_model_gains_beyond_more_steps(tmp_path, mon
         content = {"config": {**study["config"], "epochs": epochs}, "runs": runs}
         (tmp_path / name / "results.json").write_text(json.dumps(content))
     runpy.run_path(str(ROOT / "results" / "equal_time.py"))["main"](str(tmp_path / "study"), str(tmp_path / "longer"))
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    rw, lr = ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines[-2:])
+    *_, rw, lr = printed(capsys)
     assert rw[:2] == ["rw", "1.333"]
     assert float(rw[2].split()[0]) < -0.04
     assert float(rw[3].split()[0]) == float(rw[7].split()[0]) == 0
     assert lr[:2] == ["lr", "1.000"]
     assert lr[2] == lr[3]
+
+
+def test_the_pages_have_the_rows_at_equal_time(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(ROOT)
+    folders = (str(ROOT / "results" / name) for name in ("resnet", "resnet-epochs-4"))
+    runpy.run_path(str(ROOT / "results" / "equal_time.py"))["main"](*folders)
+    _, _, *rows = printed(capsys)
+    assert len(rows) == 10
+    for row in rows:
+        assert f"| {' | '.join(row)} |" in PAGES["results/README.md"]
 
 
 @pytest.mark.download
